@@ -1,0 +1,1462 @@
+"""Implicit Q-learning (IQL): train on a fixed dataset, then go on in the environment.
+
+A Q-function trained on fixed data must not be asked about actions the data lacks: nothing corrects
+its answer. IQL never asks. V is an upper expectile of Q over the actions in the data (a maximum
+within the data's support), Q is regressed on r + discount * V(s'), and the policy imitates the
+data, each action weighted by how much better than V it was. Online only the data changes: every
+new transition joins the dataset, and the same three losses go on, one update per step.
+
+    Kostrikov, Nair, Levine: Offline RL with Implicit Q-Learning, arXiv 2110.06169
+
+    Eq. (5)  L_V  = E[ |expectile - 1(u < 0)| u^2 ],   u = min_i Qtarget_i(s, a) - V(s)
+    Eq. (6)  L_Q  = E[ sum_i (r + discount * V(s') - Q_i(s, a))^2 ]
+    Eq. (7)  L_pi = -E[ exp(beta * (min_i Qtarget_i(s, a) - V(s))) * log pi(a | s) ]
+
+    python algorithms/iql.py                                    # the dataset in this repository
+    python algorithms/iql.py --dataset mujoco/hopper/medium-v0  # any Minari id, or a flat file
+
+Deviations from the authors' code (github.com/ikostrikov/implicit_q_learning):
+ 1. The actor's learning rate decays to 0 offline and is constant online. Theirs decays in the
+    offline configs and is constant throughout in the fine-tuning one (--no-decay-actor-lr).
+ 2. The offline reward scale also serves online; theirs is dropped there, so that fine-tuning on
+    locomotion does not work (their issue #4).
+ 3. Online, a batch is uniform over dataset and new transitions together, like theirs, but the two
+    are stored apart: no capacity is lost, and all seeds share one dataset.
+ 4. The scalar outputs of V and Q are a multiply-and-sum: the same numbers, faster on a CPU.
+ 5. PointMaze and the short default budget are ours; the paper has neither. Adroit uses the paper's
+    expectile 0.7, beta 0.5; CORL reports better results with 0.8 and 3.
+"""
+
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "jax==0.10.2",
+#   "flax==0.12.8",
+#   "optax==0.2.8",
+#   "distrax==0.1.9",
+#   "tfp-nightly==0.26.0.dev20261027",
+#   "chex==0.1.92",
+#   "numpy==2.4.6",
+#   "scipy==1.17.1",
+#   "gymnasium[mujoco]==1.4.0",
+#   "mujoco==3.11.0",
+#   "minari[hdf5,hf]==0.5.4",
+#   "h5py==3.16.0",
+#   "huggingface-hub==2.4.0",
+#   "tyro==1.0.16",
+#   "tqdm==4.70.1",
+#   "matplotlib==3.11.2",
+#   "imageio[ffmpeg]==2.38.1",
+#   "imageio-ffmpeg==0.8.1",
+# ]
+# ///
+import csv
+import dataclasses
+import difflib
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+import zlib
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import distrax
+import flax
+import flax.linen as nn
+import gymnasium as gym
+import h5py
+import jax
+import jax.numpy as jnp
+import minari
+import numpy as np
+import optax
+import tyro
+from flax.training.train_state import TrainState
+from tqdm import tqdm
+
+# ---------------------------------------------------------------------------------------- Config
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    # Run
+    seed: int = 0  # the first seed
+    num_seeds: int = 1  # seeds trained side by side: seed, seed + 1, ...
+    preset: str = "auto"  # settings of a domain, see PRESETS; auto: from the environment
+    offline_steps: int = 1_000_000  # updates on the dataset
+    online_steps: int = 1_000_000  # environment steps after that, per seed
+    eval_interval: int = 5_000  # updates (offline) or environment steps (online)
+    eval_episodes: int = 10  # per evaluation and seed
+    log_interval: int = 1_000  # updates or environment steps per row of metrics.csv
+    run_dir: str | None = None  # folder of this run; default: runs/<script>/<dataset>/<name>
+    resume: str | None = None  # folder of a run to go on with (a new run where there is none)
+    init_from: str | None = None  # checkpoint or run folder: skip the offline phase, start from it
+    eval_only: str | None = None  # checkpoint or run folder: evaluate it and stop
+    video: bool = False  # film one episode at the end: video.mp4
+    wandb: bool = False  # also log to Weights & Biases
+    # Data
+    dataset: str | None = None  # Minari id or folder, .npz or .hdf5; default: the repository's own
+    env_id: str | None = None  # Gymnasium id; needed with a flat file, else the dataset's
+    normalize_observations: bool = False  # by the dataset's mean and standard deviation
+    normalize_returns: bool = False  # rewards times 1000 / (max - min return in the dataset)
+    reward_scale: float = 1.0  # r <- reward_scale * r + reward_shift, after the above
+    reward_shift: float = 0.0  # see reward_scale
+    # Optimisation
+    batch_size: int = 256  # transitions per update
+    discount: float = 0.99  # per step
+    tau: float = 0.005  # target critic: fraction of the new critic per update
+    buffer_size: int = 1_000_000  # online transitions kept, per seed
+    hidden_dims: tuple[int, ...] = (256, 256)  # widths of every network
+    learning_rate: float = 3e-4  # Adam, every network
+    utd_ratio: int = 1  # updates per environment step
+    warmup_steps: int = 0  # environment steps before the first online update
+    # IQL
+    expectile: float = 0.7  # 0.5: V is the mean of Q over the data; towards 1: its maximum
+    beta: float = 3.0  # inverse temperature of the advantage weights; 0: behaviour cloning
+    max_weight: float = 100.0  # the weights are clipped here
+    num_critics: int = 2  # Q-functions; the minimum counts
+    dropout_rate: float = 0.0  # in the policy
+    decay_actor_lr: bool = True  # cosine to 0 over offline_steps; constant online
+
+
+PRESETS = {
+    "mujoco": dict(expectile=0.7, beta=3.0, normalize_returns=True),
+    "antmaze": dict(
+        expectile=0.9, beta=10.0, reward_shift=-1.0, eval_episodes=100, eval_interval=100_000
+    ),
+    "pointmaze": dict(expectile=0.9, beta=10.0, reward_shift=-1.0, eval_episodes=100),
+    "kitchen": dict(expectile=0.7, beta=0.5, dropout_rate=0.1),
+    "adroit": dict(expectile=0.7, beta=0.5, dropout_rate=0.1),
+}
+# A short budget for the repository's own dataset, and one for a look at whether all parts run.
+PRESETS["default"] = PRESETS["mujoco"] | dict(
+    offline_steps=100_000, online_steps=100_000, eval_interval=10_000
+)
+PRESETS["smoke"] = PRESETS["mujoco"] | dict(
+    offline_steps=200, online_steps=200, eval_interval=100, eval_episodes=1, log_interval=50,
+    batch_size=32, hidden_dims=(32, 32),
+)  # fmt: skip
+
+RANGES = {  # smallest and largest accepted value
+    "num_seeds": (1, 4096), "offline_steps": (0, 10**9), "online_steps": (0, 10**9),
+    "eval_interval": (1, 10**9), "eval_episodes": (1, 10**4), "log_interval": (1, 10**9),
+    "batch_size": (1, 10**6), "discount": (0.0, 1.0), "tau": (0.0, 1.0), "utd_ratio": (1, 1000),
+    "learning_rate": (0.0, 1.0), "expectile": (0.0, 1.0), "beta": (0.0, 1e6),
+    "num_critics": (1, 100), "dropout_rate": (0.0, 0.99), "seed": (0, 2**31 - 1),
+}  # fmt: skip
+
+METRICS = {  # every column of metrics.csv that is the algorithm's own, with its healthy range
+    "value_loss": "expectile loss of V (transformed reward units squared); falls, then flat",
+    "critic_loss": "squared TD error, summed over critics; bounded, may grow with q",
+    "actor_loss": "weighted negative log-likelihood (nats); falls",
+    "q": "mean Q of the batch; near or above the dataset's discounted return, never far above",
+    "v": "mean V of the batch; close to q",
+    "advantage": "mean of Q - V; slightly negative for expectile > 0.5",
+    "weight": "mean advantage weight; of order 1 (max_weight: beta is too large for the rewards)",
+    "policy_std": "mean standard deviation of the policy; falls, not to 0",
+}
+
+# --------------------------------------------------------------------- Networks and distributions
+
+
+orthogonal = nn.initializers.orthogonal(2**0.5)
+
+
+class MLP(nn.Module):
+    """Hidden layers with ReLU, and dropout where `dropout_rate` is not 0: (..., F) -> (..., H)."""
+
+    hidden_dims: tuple[int, ...]
+    dropout_rate: float = 0.0
+
+    @nn.compact
+    def __call__(self, x, training=False):
+        for width in self.hidden_dims:
+            x = nn.relu(nn.Dense(width, kernel_init=orthogonal)(x))  # (..., width)
+            if self.dropout_rate > 0:
+                x = nn.Dropout(self.dropout_rate, deterministic=not training)(x)
+        return x
+
+
+class ScalarHead(nn.Module):
+    """A linear layer with one output: (..., F) -> (...).
+
+    Written as multiply-and-sum: on a CPU the gradient of a matmul with one column is slow.
+    """
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", orthogonal, (x.shape[-1], 1))
+        bias = self.param("bias", nn.initializers.zeros, ())
+        return (x * kernel[:, 0]).sum(axis=-1) + bias  # (...)
+
+
+class Value(nn.Module):
+    """V: (B, O) -> (B,)."""
+
+    hidden_dims: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, observations):
+        return ScalarHead()(MLP(self.hidden_dims)(observations))  # (B,)
+
+
+class Critic(nn.Module):
+    """One Q-function: (B, O), (B, A) -> (B,)."""
+
+    hidden_dims: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, observations, actions):
+        inputs = jnp.concatenate([observations, actions], axis=-1)  # (B, O + A)
+        return ScalarHead()(MLP(self.hidden_dims)(inputs))  # (B,)
+
+
+class CriticEnsemble(nn.Module):
+    """`num_critics` Q-functions with their own parameters: (B, O), (B, A) -> (N, B)."""
+
+    hidden_dims: tuple[int, ...]
+    num_critics: int
+
+    @nn.compact
+    def __call__(self, observations, actions):
+        ensemble = nn.vmap(
+            Critic,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=None,
+            axis_size=self.num_critics,
+        )
+        return ensemble(self.hidden_dims)(observations, actions)  # (N, B)
+
+
+class GaussianPolicy(nn.Module):
+    """pi: (B, O) -> a diagonal Gaussian over (B, A), its mean inside [-1, 1], its std learned
+    but the same in every state. It is not squashed: samples are clipped when they are executed."""
+
+    hidden_dims: tuple[int, ...]
+    action_dim: int
+    dropout_rate: float = 0.0
+
+    @nn.compact
+    def __call__(self, observations, training=False):
+        features = MLP(self.hidden_dims, self.dropout_rate)(observations, training)  # (B, H)
+        mean = nn.tanh(nn.Dense(self.action_dim, kernel_init=orthogonal)(features))  # (B, A)
+        log_std = self.param("log_std", nn.initializers.zeros, (self.action_dim,))  # (A,)
+        std = jnp.exp(jnp.clip(log_std, -5.0, 2.0))  # (A,)
+        return distrax.MultivariateNormalDiag(mean, jnp.broadcast_to(std, mean.shape))
+
+
+# ------------------------------------------------------------------------------------ Agent state
+
+
+@flax.struct.dataclass
+class AgentState:
+    """All that training changes in one agent. Outside the losses every array has a leading axis
+    of seeds, (S, ...)."""
+
+    actor: TrainState
+    critic: TrainState
+    value: TrainState
+    target_critic_params: Any
+    key: jax.Array
+
+
+def create_agent_state(key, observation_dim, action_dim, config):
+    """A fresh agent for one seed, from its random key (2,)."""
+    key, actor_key, critic_key, value_key = jax.random.split(key, 4)
+    observations = jnp.zeros((1, observation_dim))  # (1, O)
+    actions = jnp.zeros((1, action_dim))  # (1, A)
+    actor = GaussianPolicy(config.hidden_dims, action_dim, config.dropout_rate)
+    critic = CriticEnsemble(config.hidden_dims, config.num_critics)
+    value = Value(config.hidden_dims)
+    critic_params = critic.init(critic_key, observations, actions)
+    adam = optax.adam(config.learning_rate)
+    return AgentState(
+        actor=TrainState.create(
+            apply_fn=actor.apply,
+            params=actor.init(actor_key, observations),
+            tx=optax.adam(actor_schedule(config)),
+        ),
+        critic=TrainState.create(apply_fn=critic.apply, params=critic_params, tx=adam),
+        value=TrainState.create(
+            apply_fn=value.apply, params=value.init(value_key, observations), tx=adam
+        ),
+        target_critic_params=jax.tree.map(jnp.copy, critic_params),
+        key=key,
+    )
+
+
+def actor_schedule(config):
+    """Learning rate by update: cosine to 0 over the offline phase, then constant."""
+    constant = optax.constant_schedule(config.learning_rate)
+    if not config.decay_actor_lr or config.offline_steps == 0 or config.init_from:
+        return constant
+    cosine = optax.cosine_decay_schedule(config.learning_rate, config.offline_steps)
+    return optax.join_schedules([cosine, constant], [config.offline_steps])
+
+
+# ----------------------------------------------------------------------------------------- Losses
+# Each takes first the parameters it differentiates, and returns (loss, metrics).
+
+
+def value_loss(params, state, batch, key, config):
+    """Eq. (5): V regresses on an upper expectile of the target Q of dataset actions."""
+    q = state.critic.apply_fn(state.target_critic_params, batch.observations, batch.actions)
+    v = state.value.apply_fn(params, batch.observations)  # (B,)
+    u = q.min(axis=0) - v  # (B,), q is (N, B)
+    weight = jnp.abs(config.expectile - (u < 0))  # (B,), |expectile - 1(u < 0)|
+    loss = (weight * u**2).mean()
+    return loss, {"value_loss": loss, "v": v.mean()}
+
+
+def actor_loss(params, state, batch, key, config):
+    """Eq. (7), negated: log-likelihood of dataset actions, weighted by exp(beta * advantage).
+
+    The clip of the weight is from the authors' code only.
+    """
+    q = state.critic.apply_fn(state.target_critic_params, batch.observations, batch.actions)
+    v = state.value.apply_fn(state.value.params, batch.observations)  # (B,)
+    advantage = q.min(axis=0) - v  # (B,), q is (N, B)
+    weight = jnp.minimum(jnp.exp(config.beta * advantage), config.max_weight)  # (B,)
+    policy = state.actor.apply_fn(params, batch.observations, True, rngs={"dropout": key})
+    log_prob = policy.log_prob(batch.actions)  # (B,), nats
+    loss = -(weight * log_prob).mean()
+    info = {"actor_loss": loss, "advantage": advantage.mean(), "weight": weight.mean()}
+    return loss, info | {"policy_std": policy.stddev().mean()}
+
+
+def critic_loss(params, state, batch, key, config):
+    """Eq. (6): Q regresses on r + discount * V(s'), without a sampled action; summed over i."""
+    next_v = state.value.apply_fn(state.value.params, batch.next_observations)  # (B,)
+    target_q = batch.rewards + config.discount * batch.masks * next_v  # (B,)
+    q = state.critic.apply_fn(params, batch.observations, batch.actions)  # (N, B)
+    loss = ((q - target_q[None]) ** 2).mean(axis=1).sum()
+    return loss, {"critic_loss": loss, "q": q.mean()}
+
+
+# ----------------------------------------------------------------------------------------- Update
+
+
+def gradient_step(train_state, loss_fn, *args):
+    """One optimiser step on `loss_fn(params, *args) -> (loss, metrics)`."""
+    grads, info = jax.grad(loss_fn, has_aux=True)(train_state.params, *args)
+    return train_state.apply_gradients(grads=grads), info
+
+
+def update_step(state, batch, config):
+    """One update in the order of the authors' code: V, pi (with the new V), Q, target Q."""
+    key, actor_key = jax.random.split(state.key)
+    value, value_info = gradient_step(state.value, value_loss, state, batch, None, config)
+    state = state.replace(value=value, key=key)
+    actor, actor_info = gradient_step(state.actor, actor_loss, state, batch, actor_key, config)
+    critic, critic_info = gradient_step(state.critic, critic_loss, state, batch, None, config)
+    target = optax.incremental_update(critic.params, state.target_critic_params, config.tau)
+    state = state.replace(actor=actor, critic=critic, target_critic_params=target)
+    return state, value_info | actor_info | critic_info
+
+
+def online_batch(dataset, buffer, key, batch_size):
+    """What the online updates learn from: dataset and new transitions, all equally likely."""
+    return sample_union(dataset, buffer, key, batch_size)
+
+
+def sample_action(state, observation, key):
+    """The training policy's action (A,) in one observation (O,)."""
+    policy = state.actor.apply_fn(state.actor.params, observation[None])
+    return jnp.clip(policy.sample(seed=key)[0], -1.0, 1.0)
+
+
+def mode_actions(state, observations):
+    """The deterministic policy's actions (B, A) in observations (B, O), for evaluation."""
+    return state.actor.apply_fn(state.actor.params, observations).mean()
+
+
+# ==================================== The same bytes in every script from here to main ============
+# ------------------------------------------------------------------------------------------- Data
+
+
+@flax.struct.dataclass
+class Batch:
+    """Transitions as the agent sees them. `masks` is 0 only on a true termination, where no
+    future reward exists; at a time limit it is 1."""
+
+    observations: jax.Array  # (B, O)
+    actions: jax.Array  # (B, A)
+    rewards: jax.Array  # (B,)
+    next_observations: jax.Array  # (B, O)
+    masks: jax.Array  # (B,)
+
+
+def fail(message, code=2):
+    """End the program with one line on stderr. Codes: 2 input refused, 3 not finite, 4 disk."""
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def find_dataset(name):
+    """Path of a dataset: a flat file, or the data folder of a Minari dataset, local or fetched.
+
+    Without a name: the one in this repository, or Minari's where the script stands alone.
+    """
+    embedded = Path(__file__).resolve().parent.parent / "datasets"
+    default = "hopper/sac-medium-replay-v0"
+    if name is None:
+        name = default if (embedded / default).is_dir() else "mujoco/hopper/medium-v0"
+    path = Path(name)
+    if path.suffix in (".npz", ".hdf5", ".h5"):
+        return path if path.is_file() else fail(f"--dataset {name}: no such file")
+    local = Path(os.environ.get("MINARI_DATASETS_PATH", Path.home() / ".minari" / "datasets"))
+    for folder in (path, embedded / name, local / name):
+        if (folder / "metadata.json").is_file():
+            return folder
+        if (folder / "data" / "metadata.json").is_file():
+            return folder / "data"
+    robots = "hopper halfcheetah walker2d ant humanoid swimmer reacher pusher invertedpendulum"
+    known = [f"mujoco/{r}/{level}-v0" for r in robots.split() for level in ("medium", "expert")]
+    for task in ("door", "hammer", "pen", "relocate"):
+        known += [f"D4RL/{task}/{kind}-v2" for kind in ("human", "cloned", "expert")]
+    known += [f"D4RL/kitchen/{kind}-v2" for kind in ("complete", "partial", "mixed")]
+    mazes = ("umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play")
+    known += [f"D4RL/antmaze/{maze}-v1" for maze in (*mazes, "large-diverse")]
+    known += [f"D4RL/pointmaze/{maze}-v2" for maze in ("umaze", "open", "medium", "large")]
+    if name in known:
+        print(f"{name}: downloading from Minari", flush=True)
+        try:
+            minari.download_dataset(name, force_download=True)
+            return local / name / "data"
+        except Exception as error:  # any network, registry or disk trouble: all mean "not here"
+            fail(f"{name} cannot be fetched ({type(error).__name__}): download it where there is a "
+                 f"network (`minari download {name}`) and copy it to {local}, or name a file "
+                 "with --dataset FILE --env-id ID")  # fmt: skip
+    here = [str(p.parent.parent.relative_to(root)) for root in (embedded, local)
+            for p in root.glob("**/data/metadata.json")]  # fmt: skip
+    near = difflib.get_close_matches(name, sorted({*here, *known}), n=3, cutoff=0.0)
+    fail(f"--dataset {name}: unknown; nearest: {', '.join(near)}. Any other Minari dataset: "
+         f"first `minari download {name}`")  # fmt: skip
+
+
+def environment_spec(path, env_id):
+    """Specification (JSON) of the environment that goes with the dataset at `path`.
+
+    Of a Minari dataset its evaluation environment, where it has one: that is what is trained in.
+    """
+    try:
+        if env_id is not None:
+            if env_id not in gym.registry and importlib.util.find_spec("gymnasium_robotics"):
+                import gymnasium_robotics
+
+                gym.register_envs(gymnasium_robotics)
+            return gym.make(env_id).spec.to_json()
+        if path.is_file():
+            fail(f"--dataset {path}: a flat file does not name its environment, add --env-id ID")
+        return minari.MinariDataset(path).recover_environment(eval_env=True).spec.to_json()
+    except (gym.error.Error, ImportError, ValueError, OSError) as error:
+        hint = "; pip install gymnasium-robotics" if "robotics" in str(error) else ""
+        fail(f"--dataset {path}: no environment: {' '.join(str(error).split())}{hint}")
+
+
+def make_env(spec, render_mode=None):
+    """The environment of a specification (JSON); dict observations flattened in sorted order."""
+    env = gym.make(gym.envs.registration.EnvSpec.from_json(spec), render_mode=render_mode)
+    if isinstance(env.observation_space, gym.spaces.Dict):
+        env = gym.wrappers.FlattenObservation(env)
+    return env
+
+
+def check_spaces(observation_space, action_space, name):
+    """Refuse what these scripts cannot learn from: pixels, discrete actions."""
+    if not isinstance(action_space, gym.spaces.Box) or len(action_space.shape) != 1:
+        fail(f"{name}: actions are {action_space}; only continuous vectors are supported")
+    flat = gym.spaces.utils.flatten_space(observation_space)
+    dtype = getattr(observation_space, "dtype", None)
+    if not isinstance(flat, gym.spaces.Box) or dtype == np.uint8:
+        fail(f"{name}: observations are {observation_space}; only vectors are supported, no images")
+
+
+def flatten_observations(observations):
+    """Nested dicts of (T, ...) arrays -> (T, O), in sorted order, as gymnasium flattens them."""
+    if not isinstance(observations, dict):
+        return np.asarray(observations, np.float32)
+    parts = [flatten_observations(observations[key]) for key in sorted(observations)]
+    return np.concatenate([part.reshape(len(part), -1) for part in parts], axis=1)
+
+
+def read_minari(path):
+    """A Minari dataset as flat arrays, see read_dataset."""
+    dataset = minari.MinariDataset(path)
+    check_spaces(dataset.observation_space, dataset.action_space, path)
+    columns = {name: [] for name in
+               ("observations", "actions", "rewards", "next_observations", "terminals", "ends")}  # fmt: skip
+    for episode in dataset.iterate_episodes():
+        observations = flatten_observations(episode.observations)  # (T + 1, O)
+        steps = len(episode.rewards)
+        for field, length in (("observations", len(observations) - 1), *(
+            (name, len(getattr(episode, name))) for name in ("actions", "terminations"))):  # fmt: skip
+            if length != steps:
+                fail(f"{path}: episode {episode.id}: {steps} rewards, but {field} for {length}")
+        columns["observations"].append(observations[:-1])
+        columns["next_observations"].append(observations[1:])
+        columns["actions"].append(np.asarray(episode.actions, np.float32))
+        columns["rewards"].append(np.asarray(episode.rewards, np.float64))
+        columns["terminals"].append(np.asarray(episode.terminations, bool))
+        columns["ends"].append(np.arange(steps) == steps - 1)
+    arrays = {name: np.concatenate(parts) for name, parts in columns.items()}
+    return arrays | {"keep": np.ones(len(arrays["rewards"]), bool)}
+
+
+def read_flat_file(path):
+    """A .npz or .hdf5 file with D4RL's keys as flat arrays, see read_dataset."""
+    with np.load(path) if path.suffix == ".npz" else h5py.File(path, "r") as file:
+        fields = {name: file[name][()] for name in file if hasattr(file[name], "shape")}
+    for name in ("observations", "actions", "rewards", "terminals"):
+        if name not in fields:
+            fail(f"{path}: no field {name!r}; it has {', '.join(sorted(fields))}")
+        if len(fields[name]) != len(fields["rewards"]):
+            fail(f"{path}: {len(fields['rewards'])} rewards, but {name} for {len(fields[name])}")
+    observations = np.asarray(fields["observations"], np.float32)
+    terminals = np.asarray(fields["terminals"], bool).reshape(-1)
+    ends = terminals | np.asarray(fields.get("timeouts", terminals), bool).reshape(-1)
+    ends[-1:] = True
+    if "next_observations" in fields:
+        next_observations = np.asarray(fields["next_observations"], np.float32)
+        jump = np.abs(observations[1:] - next_observations[:-1]).max(axis=1) > 1e-6
+        ends[:-1] |= jump
+        known = np.ones(len(ends), bool)
+    else:  # the next row, except at an end: there the file may give it, else it is unknown
+        next_observations = np.concatenate([observations[1:], observations[-1:]])
+        known = terminals | ~ends  # after a termination it is never looked at
+        if "seg_end_next_observations" in fields:
+            next_observations[fields["seg_end_index"]] = fields["seg_end_next_observations"]
+            known[fields["seg_end_index"]] = True
+    return {
+        "observations": observations, "actions": np.asarray(fields["actions"], np.float32),
+        "rewards": np.asarray(fields["rewards"], np.float64).reshape(-1),
+        "next_observations": next_observations, "terminals": terminals, "ends": ends, "keep": known,
+    }  # fmt: skip
+
+
+def read_dataset(path):
+    """Flat arrays of N rows: observations (N, O), actions (N, A), rewards, next_observations,
+    terminals (true terminations), ends (last row of a trajectory, for whatever reason), keep
+    (False where the next observation is unknown: such a row counts in returns, not in training).
+    """
+    try:
+        return read_flat_file(path) if path.is_file() else read_minari(path)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        fail(f"{path}: unreadable: {' '.join(str(error).split())}. Damaged or cut off; fetch it "
+             "again (Minari: download_dataset(id, force_download=True))")  # fmt: skip
+
+
+def check_dataset(arrays, env, path):
+    """Refuse bad rows and a dataset that does not fit its environment, naming field and row."""
+    if len(arrays["rewards"]) == 0:
+        fail(f"{path}: empty")
+    for name in ("observations", "actions", "rewards", "next_observations"):
+        bad = ~np.isfinite(arrays[name]).reshape(len(arrays[name]), -1).all(axis=1)
+        bad &= arrays["keep"]
+        if bad.any():
+            fail(f"{path}: {name} has {bad.sum()} rows that are not finite, first row {bad.argmax()}")
+    check_spaces(env.observation_space, env.action_space, env.spec.id)
+    for name, space in (("observations", env.observation_space), ("actions", env.action_space)):
+        if arrays[name].shape[1:] != space.shape:
+            fail(f"{path}: {name} are {arrays[name].shape[1:]}, but {env.spec.id} has {space.shape}")
+    low, high = np.minimum(env.action_space.low, -1), np.maximum(env.action_space.high, 1)
+    outside = ((arrays["actions"] < low - 1e-3) | (arrays["actions"] > high + 1e-3)).any(axis=1)
+    if outside.any():
+        fail(f"{path}: {outside.sum()} actions outside the box of {env.spec.id}, first row "
+             f"{outside.argmax()}")  # fmt: skip
+
+
+def discounted_returns(rewards, ends, discount):
+    """Monte-Carlo return of every row: the discounted sum of rewards to its trajectory's end."""
+    returns = np.zeros(len(rewards))
+    following = 0.0
+    for i in reversed(range(len(rewards))):
+        following = rewards[i] + discount * following * (not ends[i])
+        returns[i] = following
+    return returns
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+    """Between the data's and environment's units and the agent's. One object serves dataset,
+    online data and evaluation, and is part of the checkpoint."""
+
+    observation_mean: np.ndarray  # (O,)
+    observation_std: np.ndarray  # (O,)
+    action_center: np.ndarray  # (A,)
+    action_scale: np.ndarray  # (A,)
+    reward_scale: np.ndarray  # ()
+    reward_shift: np.ndarray  # ()
+
+    def observations(self, x):
+        return ((x - self.observation_mean) / self.observation_std).astype(np.float32)
+
+    def rewards(self, x):
+        return (np.asarray(x) * self.reward_scale + self.reward_shift).astype(np.float32)
+
+    def actions(self, x):
+        """Data -> agent, a hair inside [-1, 1], where a squashed policy's density is finite."""
+        scaled = (x - self.action_center) / self.action_scale
+        return np.clip(scaled, -1 + 1e-5, 1 - 1e-5).astype(np.float32)
+
+    def environment_actions(self, x):
+        """Agent -> environment."""
+        return (x * self.action_scale + self.action_center).astype(np.float32)
+
+
+def fit_transform(arrays, action_space, config):
+    """The dataset's Transform. Actions pass unchanged where the data lie in [-1, 1] and the box
+    contains it; otherwise both are rescaled by the environment's box."""
+    observations, actions = arrays["observations"], arrays["actions"]
+    mean, std = np.zeros(observations.shape[1]), np.ones(observations.shape[1])
+    if config.normalize_observations:
+        mean, std = observations.mean(axis=0), observations.std(axis=0) + 1e-3
+    low, high = action_space.low, action_space.high
+    center, scale = (low + high) / 2, (high - low) / 2
+    if np.abs(actions).max() <= 1 + 1e-3 and (low <= -1).all() and (high >= 1).all():
+        center, scale = np.zeros_like(center), np.ones_like(scale)
+    reward_scale = config.reward_scale
+    if config.normalize_returns:
+        returns = episode_returns(arrays)
+        reward_scale *= 1000.0 / max(returns.max() - returns.min(), 1e-6)
+    return Transform(mean, std, center, scale, np.array(reward_scale), np.array(config.reward_shift))
+
+
+def episode_returns(arrays):
+    """Undiscounted return of every trajectory in the dataset, in the environment's units."""
+    first = np.concatenate([[0], np.flatnonzero(arrays["ends"])[:-1] + 1])
+    return np.add.reduceat(arrays["rewards"], first)
+
+
+def agent_batch(arrays, transform):
+    """The dataset's kept rows as the agent sees them: a Batch of NumPy arrays."""
+    keep = arrays["keep"]
+    return Batch(
+        observations=transform.observations(arrays["observations"][keep]),
+        actions=transform.actions(arrays["actions"][keep]),
+        rewards=transform.rewards(arrays["rewards"][keep]),
+        next_observations=transform.observations(arrays["next_observations"][keep]),
+        masks=1.0 - arrays["terminals"][keep].astype(np.float32),
+    )
+
+
+# ---------------------------------------------------------------------------------- Replay buffer
+
+
+@flax.struct.dataclass
+class ReplayBuffer:
+    """A ring of transitions on the device: `rows` (C, ...), of which `size` are filled."""
+
+    rows: Batch
+    size: jax.Array
+    position: jax.Array  # where the next transition goes
+
+
+def empty_buffer(capacity, observation_dim, action_dim):
+    """A buffer for `capacity` transitions."""
+    observations, scalars = jnp.zeros((capacity, observation_dim)), jnp.zeros(capacity)
+    rows = Batch(observations, jnp.zeros((capacity, action_dim)), scalars, observations, scalars)
+    return ReplayBuffer(jax.tree.map(jnp.copy, rows), jnp.zeros((), int), jnp.zeros((), int))
+
+
+def insert(buffer, transition):
+    """The buffer with one transition more, the oldest overwritten when it is full."""
+    capacity = buffer.rows.rewards.shape[0]
+    rows = jax.tree.map(lambda x, new: x.at[buffer.position].set(new), buffer.rows, transition)
+    size = jnp.minimum(buffer.size + 1, capacity)
+    return ReplayBuffer(rows, size, (buffer.position + 1) % capacity)
+
+
+def sample(rows, size, key, batch_size):
+    """`batch_size` transitions, uniform with replacement over the first `size` rows."""
+    indices = jax.random.randint(key, (batch_size,), 0, size)  # (B,)
+    return jax.tree.map(lambda x: x[indices], rows)
+
+
+def sample_union(dataset, buffer, key, batch_size):
+    """`batch_size` transitions, uniform over the dataset and the buffer together."""
+    num_offline = dataset.rewards.shape[0]
+    indices = jax.random.randint(key, (batch_size,), 0, num_offline + buffer.size)  # (B,)
+    online = indices >= num_offline  # (B,)
+
+    def pick(offline_rows, online_rows):
+        chosen = online.reshape(-1, *[1] * (offline_rows.ndim - 1))  # (B, 1) or (B,)
+        return jnp.where(chosen, online_rows[indices - num_offline], offline_rows[indices])
+
+    return jax.tree.map(pick, dataset, buffer.rows)
+
+
+# ---------------------------------------------------------------------------------- Training steps
+
+
+def for_each_seed(function, *arguments):
+    """`function` over the leading axis, the seeds of one device: side by side on an accelerator,
+    one after the other on a CPU, where batching the small matmuls halves their speed."""
+    if jax.default_backend() == "cpu":
+        return jax.lax.map(lambda xs: function(*xs), arguments)
+    return jax.vmap(function)(*arguments)
+
+
+@partial(jax.jit, static_argnames=("config", "num_steps"), donate_argnames="state")
+def update_steps(state, dataset, config, num_steps):
+    """`num_steps` updates of every seed on uniform batches of the dataset, compiled as one scan.
+
+    `state` is donated: use the returned one. Metrics are means over the steps, (S,).
+    """
+
+    def one_seed(state):
+        def body(state, _):
+            key, sample_key = jax.random.split(state.key)
+            batch = sample(dataset, dataset.rewards.shape[0], sample_key, config.batch_size)
+            return update_step(state.replace(key=key), batch, config)
+
+        state, info = jax.lax.scan(body, state, length=num_steps)
+        return state, jax.tree.map(jnp.mean, info)
+
+    return for_each_seed(one_seed, state)
+
+
+@partial(jax.jit, static_argnames=("config", "learn"), donate_argnames=("state", "buffer"))
+def online_step(state, buffer, transition, observations, dataset, config, learn):
+    """Insert one transition (S, ...) per seed, update every agent `utd_ratio` times (or, without
+    `learn`, not at all), choose the actions (S, A) in `observations` (S, O).
+
+    `state` and `buffer` are donated: use the returned ones.
+    """
+    buffer, info = jax.vmap(insert)(buffer, transition), {}
+    if learn:
+        state, info = update_online(state, buffer, dataset, config)
+    actions, key = act(state, observations)
+    return state.replace(key=key), buffer, actions, info
+
+
+def update_online(state, buffer, dataset, config):
+    """`utd_ratio` updates of every seed, each on a batch of its own."""
+    keys = jax.vmap(partial(jax.random.split, num=2))(state.key)  # (S, 2, 2)
+    draw = partial(online_batch, batch_size=config.utd_ratio * config.batch_size)
+    batch = jax.vmap(draw, in_axes=(None, 0, 0))(dataset, buffer, keys[:, 1])
+    shape = (len(keys), config.utd_ratio, config.batch_size)
+    batches = jax.tree.map(lambda x: x.reshape(*shape, *x.shape[2:]), batch)  # (S, U, B, ...)
+
+    def one_seed(state, batches):
+        state, info = jax.lax.scan(partial(update_step, config=config), state, batches)
+        return state, jax.tree.map(jnp.mean, info)
+
+    return for_each_seed(one_seed, state.replace(key=keys[:, 0]), batches)
+
+
+@jax.jit
+def act(state, observations):
+    """The training policy's actions (S, A) in observations (S, O), and the next keys (S, 2)."""
+    keys = jax.vmap(partial(jax.random.split, num=2))(state.key)  # (S, 2, 2)
+    return jax.vmap(sample_action)(state, observations, keys[:, 1]), keys[:, 0]
+
+
+@jax.jit
+def act_deterministically(state, observations):
+    """The evaluated policy's actions (S, E, A) in observations (S, E, O)."""
+    return jax.vmap(mode_actions)(state, observations)
+
+
+# ------------------------------------------------------------------------------------ Seeds, devices
+# A shard is what one device holds of the seeds; shards[d] has a leading axis of S / D seeds. Each
+# device is given its own calls: they run side by side because dispatch returns at once.
+
+
+def use_all_cores(num_seeds):
+    """Before jax starts: one virtual CPU device per core, as far as they divide the seeds."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    jax.config.update("jax_num_cpu_devices", max(d for d in range(1, cores + 1) if num_seeds % d == 0))
+
+
+def seed_devices(num_seeds):
+    """The devices that the seeds are spread over: as many as divide their number."""
+    devices = jax.devices()
+    return devices[: max(d for d in range(1, len(devices) + 1) if num_seeds % d == 0)]
+
+
+def split(tree, devices):
+    """(S, ...) arrays -> a list with every device's part of the seeds."""
+    size = len(jax.tree.leaves(tree)[0]) // len(devices)
+    return [jax.tree.map(lambda x: x[i * size : (i + 1) * size], tree) for i in range(len(devices))]
+
+
+def to_devices(tree, devices):
+    """(S, ...) arrays -> one shard on each device."""
+    parts = zip(split(tree, devices), devices, strict=True)
+    return [jax.device_put(part, device) for part, device in parts]
+
+
+def to_host(shards):
+    """Shards -> NumPy arrays (S, ...)."""
+    return jax.tree.map(lambda *xs: np.concatenate(xs), *jax.device_get(shards))
+
+
+def on_every_device(function, *shards):
+    """`function` on every device's shard of the arguments; a list of shards per result."""
+    results = [function(*arguments) for arguments in zip(*shards, strict=True)]
+    return [list(result) for result in zip(*results, strict=True)]
+
+
+# ------------------------------------------------------------------------------------ Environments
+
+
+def episode_seed(stream, seed, episode):
+    """Reset seed of one episode; every episode has its own, so that any can be played again.
+    `stream` keeps training (0), evaluation (1) and film (2) apart."""
+    return int(np.random.SeedSequence((stream, seed, episode)).generate_state(1)[0])
+
+
+@dataclasses.dataclass
+class Rollout:
+    """The training environments, one per seed, between two steps."""
+
+    envs: list
+    observations: np.ndarray  # (S, O), as the environments give them
+    episodes: np.ndarray  # (S,), episodes finished before the current one
+    played: list  # per seed: the agent's actions since the last reset
+    finished: list  # (return, length) of the episodes finished since the last log
+
+
+def start_rollout(spec, config, transform, episodes=None, played=None):
+    """Reset the environments; with `played` actions, play the interrupted episodes again, which
+    brings a deterministic simulator back to its state, bit for bit."""
+    wrap = gym.wrappers.RecordEpisodeStatistics
+    envs = [wrap(make_env(spec)) for _ in range(config.num_seeds)]
+    episodes = np.zeros(config.num_seeds, int) if episodes is None else episodes
+    played = [[] for _ in envs] if played is None else played
+    observations = []
+    for i, env in enumerate(envs):
+        observation, _ = env.reset(seed=episode_seed(0, config.seed + i, int(episodes[i])))
+        for action in played[i]:
+            observation, *_ = env.step(transform.environment_actions(action))
+        observations.append(observation)
+    return Rollout(envs, np.array(observations, np.float32), episodes, played, [])
+
+
+def step_rollout(rollout, actions, transform, config):
+    """Step every environment with the agent's actions (S, A); ended ones are reset.
+
+    Returns the transitions, a Batch (S, ...). Their next observation is the one before a reset.
+    """
+    next_observations = np.empty_like(rollout.observations)  # (S, O)
+    rewards, terminated = np.zeros(len(actions)), np.zeros(len(actions), bool)  # (S,)
+    before = rollout.observations.copy()  # (S, O)
+    for i, env in enumerate(rollout.envs):
+        observation, rewards[i], terminated[i], truncated, info = env.step(
+            transform.environment_actions(actions[i])
+        )
+        next_observations[i] = rollout.observations[i] = observation
+        rollout.played[i].append(actions[i])
+        if terminated[i] or truncated:
+            rollout.finished.append((i, info["episode"]["r"], info["episode"]["l"]))
+            rollout.episodes[i] += 1
+            rollout.played[i] = []
+            seed = episode_seed(0, config.seed + i, int(rollout.episodes[i]))
+            rollout.observations[i], _ = env.reset(seed=seed)
+    return Batch(
+        observations=transform.observations(before),
+        actions=np.asarray(actions),
+        rewards=transform.rewards(rewards),
+        next_observations=transform.observations(next_observations),
+        masks=1.0 - terminated.astype(np.float32),
+    )
+
+
+def evaluate(shards, envs, transform, config):
+    """Returns and lengths (S, E) of one episode in each of the S * E environments, played side by
+    side by the deterministic policy. Always the same start states; training is not touched."""
+    shape = (config.num_seeds, len(envs) // config.num_seeds)
+    seeds = [episode_seed(1, config.seed + i // shape[1], i % shape[1]) for i in range(len(envs))]
+    observations = np.stack([env.reset(seed=s)[0] for env, s in zip(envs, seeds, strict=True)])
+    returns, lengths = np.zeros(len(envs)), np.zeros(len(envs), int)
+    playing = np.ones(len(envs), bool)
+    per_device = config.num_seeds // len(shards)
+    while playing.any():
+        x = transform.observations(observations).reshape(len(shards), per_device, shape[1], -1)
+        modes = [act_deterministically(s, x[d]) for d, s in enumerate(shards)]
+        actions = transform.environment_actions(np.concatenate(modes).reshape(len(envs), -1))
+        for i in np.flatnonzero(playing):
+            observations[i], reward, terminated, truncated, _ = envs[i].step(actions[i])
+            returns[i] += reward
+            lengths[i] += 1
+            playing[i] = not (terminated or truncated)
+    return returns.reshape(shape), lengths.reshape(shape)
+
+
+REFERENCE_RETURNS = {  # random and expert return, from D4RL (Fu et al. 2020, its infos.py)
+    "HalfCheetah-v4": (-280.178953, 12135.0),
+    "Hopper-v4": (-20.272305, 3234.3),
+    "Walker2d-v4": (1.629008, 4592.3),
+    "Ant-v4": (-325.6, 3879.7),
+    "AdroitHandDoor-v1": (-56.512833, 2880.5693087298737),
+    "AdroitHandHammer-v1": (-274.856578, 12794.134825156867),
+    "AdroitHandPen-v1": (96.262799, 3076.8331017826877),
+    "AdroitHandRelocate-v1": (-6.425911, 4233.877797728884),
+    "FrankaKitchen-v1": (0.0, 4.0),
+}
+
+
+def reference_returns(spec):
+    """(random, expert) return of an environment, and their source; NaN where none is known. A
+    sparse maze that ends at its goal has return 1 or 0: its score is the success rate."""
+    spec = json.loads(spec)
+    if "Maze" in spec["id"] and not spec["kwargs"].get("continuing_task", True):
+        return 0.0, 1.0, "success rate in percent"
+    if spec["id"] in REFERENCE_RETURNS:
+        return *REFERENCE_RETURNS[spec["id"]], "D4RL's, 0 random, 100 expert"
+    return np.nan, np.nan, "no reference known, returns are raw"
+
+
+def normalized_scores(spec, returns):
+    """100 * (return - random) / (expert - random)."""
+    random, expert, _ = reference_returns(spec)
+    return 100.0 * (returns - random) / (expert - random)
+
+
+# -------------------------------------------------------------------------------------- Checkpoint
+
+
+def named_arrays(tree, prefix):
+    """{prefix/path/of/leaf: NumPy array} of a tree."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    name = partial(jax.tree_util.keystr, simple=True, separator="/")
+    return {f"{prefix}/{name(path)}": np.asarray(leaf) for path, leaf in leaves}
+
+
+def restore(template, arrays, prefix, path):
+    """A tree like `template` (arrays or shapes) from the named arrays of a checkpoint."""
+    names = list(named_arrays(jax.tree.map(lambda x: np.empty(0), template), prefix))
+    leaves, structure = jax.tree.flatten(template)
+    for name, leaf in zip(names, leaves, strict=True):
+        found = arrays[name].shape if name in arrays else "missing"
+        if found != leaf.shape:
+            fail(f"{path}: {name} is {found}, but this run needs {leaf.shape}")
+    return jax.tree.unflatten(structure, [arrays[name] for name in names])
+
+
+def save_checkpoint(path, arrays, meta):
+    """Write arrays and meta (JSON) so that a kill at any moment leaves a whole checkpoint: to a
+    temporary file, synced, then renamed; the one before is kept as *.previous.npz."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            np.savez(file, meta=np.frombuffer(json.dumps(meta).encode(), np.uint8), **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            os.replace(path, path.with_suffix(".previous.npz"))
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        fail(f"cannot write {path} ({error.strerror}); the checkpoint before it is whole", code=4)
+
+
+def load_checkpoint(path):
+    """(arrays, meta, path read) of a checkpoint, or of its run folder. Every byte is checked (the
+    zip's CRC-32); a damaged or missing file is replaced by the previous one, with a warning."""
+    path = Path(path)
+    path = path / "checkpoint.npz" if path.is_dir() else path
+    for candidate in (path, path.with_suffix(".previous.npz")):
+        try:
+            with np.load(candidate, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+            return arrays, json.loads(arrays.pop("meta").tobytes()), candidate
+        except (OSError, ValueError, KeyError, EOFError, MemoryError, NotImplementedError,
+                zipfile.BadZipFile, zlib.error) as error:  # fmt: skip
+            print(f"warning: {candidate}: {type(error).__name__}: {error}", file=sys.stderr)
+    fail(f"{path}: no readable checkpoint")
+
+
+# ------------------------------------------------------------------------------ Run folder, metrics
+
+
+def check_config(config):
+    """Refuse numbers out of range before anything is built."""
+    for name, (low, high) in RANGES.items():
+        if not low <= getattr(config, name) <= high:
+            fail(f"--{name.replace('_', '-')} {getattr(config, name)}: must be in [{low}, {high}]")
+    if config.eval_interval % config.log_interval:
+        fail(f"--eval-interval {config.eval_interval}: must be a multiple of --log-interval "
+             f"{config.log_interval}")  # fmt: skip
+
+
+def domain(env_id):
+    """Name of the preset that an environment belongs to."""
+    words = {"AntMaze": "antmaze", "PointMaze": "pointmaze", "Kitchen": "kitchen", "Adroit": "adroit"}
+    return next((preset for word, preset in words.items() if word in env_id), "mujoco")
+
+
+def parse_config(arguments):
+    """Command line -> (Config, dataset path, environment spec as JSON).
+
+    What counts, weakest first: defaults, preset, the record of the run to resume, flags. A
+    resumed run may only change what is no part of its past.
+    """
+    parse = partial(tyro.cli, Config, args=arguments, description=__doc__)
+    config = parse()
+    recorded = Path(config.resume or "", "config.json")
+    if config.eval_only:
+        _, meta, _ = load_checkpoint(config.eval_only)
+        default = dataclasses.replace(config_from(meta["config"]), eval_only=config.eval_only)
+        return parse(default=default), None, meta["env_spec"]
+    if config.resume and recorded.is_file():
+        default = config_from(json.loads(recorded.read_text()))
+        config = parse(default=default)
+        free = {"resume", "run_dir", "online_steps", "eval_episodes", "video", "wandb"}
+        changed = [f.name for f in dataclasses.fields(Config)
+                   if f.name not in free and getattr(config, f.name) != getattr(default, f.name)]  # fmt: skip
+        if changed:
+            fail(f"--resume {config.resume}: that run has another {', '.join(changed)}")
+    check_config(config)
+    path = find_dataset(config.dataset)
+    spec = environment_spec(path, config.env_id)
+    if not recorded.is_file():
+        preset = config.preset
+        if preset == "auto":
+            preset = "default" if config.dataset is None else domain(json.loads(spec)["id"])
+        if preset not in PRESETS:
+            fail(f"--preset {preset}: must be auto or one of {', '.join(PRESETS)}")
+        config = parse(default=dataclasses.replace(Config(), **PRESETS[preset]))
+        config = dataclasses.replace(config, preset=preset)
+        if config.init_from:
+            config = dataclasses.replace(config, offline_steps=0)
+    check_config(config)
+    return config, path, spec
+
+
+def config_from(values):
+    """A Config from its JSON form."""
+    known = {field.name for field in dataclasses.fields(Config)}
+    if set(values) != known:
+        fail(f"config of another script or version: {', '.join(sorted(set(values) ^ known))}")
+    return Config(**values | {"hidden_dims": tuple(values["hidden_dims"])})
+
+
+def open_run(config, path):
+    """Make the run folder with config.json and versions.json; refuse one that holds a run."""
+    script = Path(__file__)
+    data = (config.dataset or "default").replace("/", "-") if path else "online"
+    name = f"seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    default = Path("runs", script.stem, data.lstrip(".-"), name)
+    run_dir = Path(config.resume or config.run_dir or default)
+    if (run_dir / "config.json").exists():
+        return run_dir if config.resume else fail(
+            f"--run-dir {run_dir}: holds a run already; go on with it by --resume {run_dir}")  # fmt: skip
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "versions.json").write_text(json.dumps(versions(script, path), indent=2))
+        (run_dir / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2))
+    except OSError as error:
+        fail(f"--run-dir {run_dir}: cannot be written ({error.strerror})")
+    return run_dir
+
+
+def versions(script, path):
+    """What made this run: command, code, data, packages, machine."""
+    def git(*words):
+        command = ["git", "-C", str(script.resolve().parent), *words]
+        done = subprocess.run(command, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    def sha256(file):
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+
+    packages = ("jax jaxlib flax optax distrax tfp-nightly chex numpy scipy gymnasium mujoco "
+                "gymnasium-robotics minari h5py tyro").split()  # fmt: skip
+    installed = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
+    data = path / "main_data.hdf5" if path and path.is_dir() else path
+    return {
+        "command": sys.argv, "script": script.name, "script_sha256": sha256(script),
+        "git_commit": git("rev-parse", "HEAD"), "git_dirty": bool(git("status", "--porcelain")),
+        "dataset": str(path), "dataset_sha256": sha256(data) if data else None,
+        "python": platform.python_version(), "machine": platform.platform(),
+        "cores": os.cpu_count(), "device": jax.devices()[0].device_kind,
+        "packages": {name: installed.get(name) for name in packages},
+        "environment": {k: v for k, v in os.environ.items() if k in ("XLA_FLAGS", "JAX_PLATFORMS")},
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }  # fmt: skip
+
+
+COLUMNS = ["phase", "step", "seed", *METRICS, "episode_return", "episode_length", "return",
+           "length", "score", "updates_per_second", "seconds"]  # fmt: skip
+
+
+@dataclasses.dataclass
+class Log:
+    """metrics.csv, one row per seed, and what is shown of it."""
+
+    path: Path
+    bar: Any
+    wandb: Any
+    started: float
+
+
+def open_log(run_dir, config, run):
+    """metrics.csv, cut to the rows that the checkpoint knows of, or new with its header."""
+    path = run_dir / "metrics.csv"
+    kept = path.read_text().splitlines()[: run.rows + 1] if run.rows else [",".join(COLUMNS)]
+    path.write_text("\n".join(kept) + "\n")
+    total = config.offline_steps + config.online_steps
+    bar = tqdm(total=total, initial=run.offline + run.online, unit="step", disable=None,
+               smoothing=0.05, dynamic_ncols=True)  # fmt: skip
+    return Log(path, bar, start_wandb(run_dir, config), time.time())
+
+
+def start_wandb(run_dir, config):
+    """A wandb run, or None: it is optional, and its troubles are never the run's."""
+    if not config.wandb:
+        return None
+    try:
+        import wandb
+
+        return wandb.init(project="offline-to-online", dir=run_dir, id=run_dir.name, resume="allow",
+                          config=dataclasses.asdict(config))  # fmt: skip
+    except Exception as error:  # whatever it is, training must go on
+        print(f"warning: wandb is off: {type(error).__name__}: {error}", file=sys.stderr)
+
+
+def write_log(log, run, phase, step, values, config):
+    """One row per seed; `values` are (S,) arrays by column. Stops the run if one is not finite."""
+    bad = [name for name in METRICS if not np.isfinite(values.get(name, 0.0)).all()]
+    if bad:
+        fail(f"{phase} step {step}: {', '.join(bad)} not finite; last good checkpoint: "
+             f"{log.path.with_name('checkpoint.npz')}", code=3)  # fmt: skip
+    values["seconds"] = np.full(config.num_seeds, time.time() - log.started)
+    with open(log.path, "a", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        for i in range(config.num_seeds):
+            row = {k: f"{v[i]:.6g}" for k, v in values.items() if np.isfinite(v[i])}
+            writer.writerow({"phase": phase, "step": step, "seed": config.seed + i} | row)
+    run.rows += config.num_seeds
+    means = {name: float(np.mean(value)) for name, value in values.items()}
+    shown = {"updates/s": f"{means['updates_per_second']:.0f}"}
+    if "return" in means:
+        line = f"{phase} {step:>8,}  return {means['return']:8.1f}"
+        line += f"  score {means['score']:6.1f}" if np.isfinite(means["score"]) else ""
+        tqdm.write(line + f"  episode length {means['length']:6.1f}")
+        shown["return"] = f"{means['return']:.0f}"
+    log.bar.set_description(phase)
+    log.bar.set_postfix(shown, refresh=False)
+    try:
+        if log.wandb is not None:
+            log.wandb.log({f"{phase}/{k}": v for k, v in means.items()} | {f"{phase}/step": step})
+    except Exception as error:  # whatever it is, training must go on
+        print(f"warning: wandb is off: {type(error).__name__}: {error}", file=sys.stderr)
+        log.wandb = None
+
+
+def evaluation_values(shards, envs, transform, config):
+    """The evaluation columns, each (S,): mean over episodes."""
+    returns, lengths = evaluate(shards, envs, transform, config)  # (S, E)
+    scores = normalized_scores(envs[0].spec.to_json(), returns)
+    return {"return": returns.mean(1), "length": lengths.mean(1), "score": scores.mean(1)}
+
+
+def catch_signals():
+    """SIGTERM, SIGUSR1 and Ctrl-C are noted, and answered between two chunks: save, then exit
+    with 128 + the signal's number. A second one kills at once."""
+    received = []
+
+    def handler(number, frame):
+        received.append(number)
+        for each in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(each, signal.SIG_DFL)
+
+    for each in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(each, handler)
+    return received
+
+
+def exit_on_signal(received, log, run_dir):
+    """Exit if a signal was received; call it only when the checkpoint is up to date."""
+    log.bar.close()
+    name = signal.Signals(received[0]).name
+    print(f"{name}: saved; go on with --resume {run_dir}", file=sys.stderr)
+    raise SystemExit(128 + received[0])
+
+
+def plot_curve(run_dir):
+    """curve.png: the evaluated return of every seed, offline and online, and their mean."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with open(run_dir / "metrics.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["return"]]
+    column = "score" if rows and rows[0]["score"] else "return"
+    switch = max([int(r["step"]) for r in rows if r["phase"] == "offline"], default=0)
+    curves = {}
+    for row in rows:
+        x = int(row["step"]) + switch * (row["phase"] == "online")
+        curves.setdefault(row["seed"], {})[x] = float(row[column])
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for seed, curve in curves.items():
+        axes.plot(*zip(*curve.items(), strict=True), lw=1, alpha=0.6, label=f"seed {seed}")
+    axes.axvline(switch, color="black", ls=":", lw=1)
+    axes.set(xlabel="updates offline | environment steps online", ylabel=column, title=str(run_dir))
+    axes.legend(frameon=False)
+    figure.savefig(run_dir / "curve.png", dpi=150)
+    pyplot.close(figure)
+
+
+def film(path, shard, spec, transform, config):
+    """video.mp4 of one episode of the first seed's deterministic policy."""
+    import imageio.v3
+
+    try:
+        env = make_env(spec, render_mode="rgb_array")
+        observation, _ = env.reset(seed=episode_seed(2, config.seed, 0))
+        frames, ended = [env.render()], False
+        while not ended:
+            x = transform.observations(observation)[None, None]
+            x = np.repeat(x, len(jax.tree.leaves(shard)[0]), axis=0)  # (S, 1, O)
+            action = np.asarray(act_deterministically(shard, x))[0, 0]
+            observation, _, terminated, truncated, _ = env.step(transform.environment_actions(action))
+            frames.append(env.render())
+            ended = terminated or truncated
+        imageio.v3.imwrite(path, np.stack(frames), fps=env.metadata.get("render_fps", 30))
+        print(f"film: {path}")
+    except Exception as error:  # no display driver, no encoder: the run itself is not to blame
+        print(f"warning: no film: {' '.join(str(error).split())}; without a screen MuJoCo needs "
+              "MUJOCO_GL=egl and Debian's libegl1", file=sys.stderr)  # fmt: skip
+
+
+def evaluate_checkpoint(config, spec):
+    """--eval-only: the score of a saved agent, in the environment it was trained in."""
+    arrays, meta, found = load_checkpoint(config.eval_only)
+    shapes = len(arrays["transform/observation_mean"]), len(arrays["transform/action_center"])
+    devices = seed_devices(config.num_seeds)
+    run = Run(create_shards(config, *shapes, devices), None)
+    restore_agent(run, arrays, meta, found, devices)
+    envs = [make_env(spec) for _ in range(config.num_seeds * config.eval_episodes)]
+    values = evaluation_values(run.shards, envs, run.transform, config)
+    for i in range(config.num_seeds):
+        row = ", ".join(f"{name} {value[i]:.1f}" for name, value in values.items())
+        print(f"seed {config.seed + i}: {row}")
+    if config.video:
+        film(found.parent / "video.mp4", run.shards[0], spec, run.transform, config)
+
+
+# ------------------------------------------------------------------------------------- One run
+
+
+@dataclasses.dataclass
+class Run:
+    """What a checkpoint holds: agents and counters, and online the buffers and environments."""
+
+    shards: list  # AgentState per device
+    transform: Transform
+    offline: int = 0  # updates done
+    online: int = 0  # environment steps done, per seed
+    rows: int = 0  # of metrics.csv
+    buffers: Any = None  # ReplayBuffer per device
+    rollout: Any = None
+    actions: Any = None  # (S, A), the next ones
+
+
+def create_shards(config, observation_dim, action_dim, devices):
+    """Fresh agents, seed + i from its own key, spread over the devices."""
+    keys = jnp.stack([jax.random.PRNGKey(config.seed + i) for i in range(config.num_seeds)])
+    create = partial(create_agent_state, observation_dim=observation_dim, action_dim=action_dim,
+                     config=config)  # fmt: skip
+    return to_devices(jax.jit(partial(for_each_seed, create))(keys), devices)
+
+
+def save_run(run, config, spec, run_dir):
+    """One checkpoint of everything that the run needs to go on, bit for bit on a CPU."""
+    arrays = named_arrays(to_host(run.shards), "state")
+    arrays |= named_arrays(dataclasses.asdict(run.transform), "transform")
+    if run.rollout is not None:
+        buffer = to_host(run.buffers)
+        rows = jax.tree.map(lambda x: x[:, : buffer.size.max()], buffer.rows)
+        arrays |= named_arrays(buffer.replace(rows=rows), "buffer")
+        arrays |= {"rollout/actions": run.actions, "rollout/episodes": run.rollout.episodes}
+        for i, played in enumerate(run.rollout.played):
+            arrays[f"rollout/played/{i}"] = np.array(played, np.float32)
+    meta = {"script": Path(__file__).stem, "config": dataclasses.asdict(config), "env_spec": spec,
+            "offline": run.offline, "online": run.online, "rows": run.rows}  # fmt: skip
+    save_checkpoint(run_dir / "checkpoint.npz", arrays, meta)
+
+
+def restore_run(run, arrays, meta, found, config, spec, devices):
+    """Put a checkpoint of this run into `run`."""
+    restore_agent(run, arrays, meta, found, devices)
+    run.offline, run.online, run.rows = meta["offline"], meta["online"], meta["rows"]
+    if "rollout/actions" not in arrays:
+        return
+    start_online(run, config, spec, devices, arrays)
+
+
+def restore_agent(run, arrays, meta, found, devices):
+    """Put the agent and the transform of a checkpoint into `run`."""
+    if meta["script"] != Path(__file__).stem:
+        fail(f"{found}: a checkpoint of {meta['script']}.py, not of {Path(__file__).name}")
+    run.shards = to_devices(restore(to_host(run.shards), arrays, "state", found), devices)
+    names = [field.name for field in dataclasses.fields(Transform)]
+    run.transform = Transform(**{name: arrays[f"transform/{name}"] for name in names})
+
+
+def start_online(run, config, spec, devices, arrays=None):
+    """Empty buffers, environments at their first reset, first actions; or those of a checkpoint."""
+    sizes = len(run.transform.observation_mean), len(run.transform.action_center)
+    buffers = empty_buffers(config, *sizes)
+    if arrays is None:
+        run.rollout = start_rollout(spec, config, run.transform)
+        observations = split(run.transform.observations(run.rollout.observations), devices)
+        actions, keys = on_every_device(act, run.shards, observations)
+        run.shards = [s.replace(key=key) for s, key in zip(run.shards, keys, strict=True)]
+        run.actions = to_host(actions)
+    else:
+        rows = restore_rows(buffers.rows, arrays)
+        buffers = ReplayBuffer(rows, arrays["buffer/size"], arrays["buffer/position"])
+        played = [list(arrays[f"rollout/played/{i}"]) for i in range(config.num_seeds)]
+        run.rollout = start_rollout(
+            spec, config, run.transform, arrays["rollout/episodes"].copy(), played
+        )
+        run.actions = arrays["rollout/actions"]
+    run.buffers = to_devices(buffers, devices)
+
+
+def empty_buffers(config, observation_dim, action_dim):
+    """One buffer per seed for all online steps, up to `buffer_size`: rows (S, C, ...)."""
+    one = empty_buffer(min(config.buffer_size, config.online_steps), observation_dim, action_dim)
+    return jax.tree.map(lambda x: np.repeat(np.asarray(x)[None], config.num_seeds, axis=0), one)
+
+
+def restore_rows(rows, arrays):
+    """The filled rows of a checkpoint in front of the empty ones."""
+    filled = {name: np.copy(zeros) for name, zeros in named_arrays(rows, "buffer/rows").items()}
+    for name, zeros in filled.items():
+        zeros[:, : arrays[name].shape[1]] = arrays[name]
+    return restore(rows, filled, "buffer/rows", "checkpoint")
+
+
+def offline_chunk(run, datasets, config, num_steps):
+    """`num_steps` offline updates of every seed. Returns the mean metrics, (S,)."""
+    update = partial(update_steps, config=config, num_steps=num_steps)
+    run.shards, infos = on_every_device(update, run.shards, datasets)
+    run.offline += num_steps
+    return to_host(infos)
+
+
+def online_chunk(run, datasets, config, num_steps):
+    """`num_steps` environment steps of every seed, each with its updates. Returns mean metrics."""
+    devices, infos = range(len(datasets)), []
+    learn = run.online >= config.warmup_steps
+    step = partial(online_step, config=config, learn=learn)
+    for _ in range(num_steps):
+        transitions = step_rollout(run.rollout, run.actions, run.transform, config)
+        observations = run.transform.observations(run.rollout.observations)
+        inputs = split(transitions, devices), split(observations, devices), datasets
+        run.shards, run.buffers, actions, info = on_every_device(
+            step, run.shards, run.buffers, *inputs
+        )
+        run.actions = to_host(actions)  # (S, A), waits for the device
+        infos.append(info)
+    run.online += num_steps
+    values = jax.tree.map(lambda *xs: np.mean(xs, axis=0), *[to_host(info) for info in infos])
+    for i in range(config.num_seeds):
+        ended = [e for e in run.rollout.finished if e[0] == i]
+        for column, name in ((1, "episode_return"), (2, "episode_length")):
+            values.setdefault(name, np.full(config.num_seeds, np.nan))
+            values[name][i] = np.mean([e[column] for e in ended]) if ended else np.nan
+    run.rollout.finished.clear()
+    return values
+
+
+def summarize(run_dir, arrays):
+    """The last lines: data, offline, online, and the deepest dip after the switch."""
+    with open(run_dir / "metrics.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["return"]]
+    column = "score" if rows and rows[0]["score"] else "return"
+    print(f"mean return of the data {episode_returns(arrays).mean():.1f}")
+    for seed in sorted({row["seed"] for row in rows}):
+        offline, online = ([float(r[column]) for r in rows if (r["seed"], r["phase"]) == (seed, p)]
+                           for p in ("offline", "online"))  # fmt: skip
+        text = f"offline {offline[-1]:.1f}  " if offline else ""
+        text += f"online {online[-1]:.1f}, lowest on the way {min(online):.1f}" if online else ""
+        print(f"seed {seed}: {column} {text}")
+
+
+def describe(config, path, arrays, spec, run, run_dir):
+    """Say what is trained on what, before anything compiles."""
+    returns = episode_returns(arrays)
+    rewards = run.transform.rewards(arrays["rewards"])
+    discounted = discounted_returns(rewards, arrays["ends"], config.discount)
+    print(f"dataset   {path}: {len(rewards):,} steps, {len(returns):,} trajectories, return "
+          f"{returns.mean():.1f} ({returns.min():.1f} ... {returns.max():.1f})")  # fmt: skip
+    print(f"          discounted return in the agent's units {discounted.mean():.2f}: compare v, q")
+    env_id = json.loads(spec)["id"]
+    print(f"env       {env_id}, {len(arrays['observations'][0])} observations, "
+          f"{len(arrays['actions'][0])} actions; score: {reference_returns(spec)[2]}")  # fmt: skip
+    settings = ", ".join(f"{name} {getattr(config, name)}" for name in PRESETS[config.preset])
+    print(f"preset    {config.preset}: {settings}")
+    print(f"run       {run_dir}", flush=True)
+
+
+def main(arguments=None):
+    config, path, spec = parse_config(arguments)
+    use_all_cores(config.num_seeds)
+    if config.eval_only:
+        return evaluate_checkpoint(config, spec)
+    received = catch_signals()
+    eval_envs = [make_env(spec) for _ in range(config.num_seeds * config.eval_episodes)]
+    arrays = read_dataset(path)
+    check_dataset(arrays, eval_envs[0], path)
+    run_dir = open_run(config, path)
+
+    devices = seed_devices(config.num_seeds)
+    sizes = arrays["observations"].shape[1], arrays["actions"].shape[1]
+    transform = fit_transform(arrays, eval_envs[0].action_space, config)
+    run = Run(create_shards(config, *sizes, devices), transform)
+    if config.resume and (run_dir / "checkpoint.npz").exists():
+        restore_run(run, *load_checkpoint(run_dir), config, spec, devices)
+    elif config.init_from:
+        keys = [shard.key for shard in run.shards]
+        restore_agent(run, *load_checkpoint(config.init_from), devices)
+        run.shards = [s.replace(key=key) for s, key in zip(run.shards, keys, strict=True)]
+    describe(config, path, arrays, spec, run, run_dir)
+    datasets = [jax.device_put(agent_batch(arrays, run.transform), device) for device in devices]
+    log = open_log(run_dir, config, run)
+
+    for phase, total in (("offline", config.offline_steps), ("online", config.online_steps)):
+        if phase == "online" and total and run.rollout is None:
+            start_online(run, config, spec, devices)
+        chunk = {"offline": offline_chunk, "online": online_chunk}[phase]
+        while getattr(run, phase) < total:
+            begin = time.time()
+            num_steps = min(config.log_interval, total - getattr(run, phase))
+            values = chunk(run, datasets, config, num_steps)
+            done = getattr(run, phase)
+            updates = num_steps * (config.utd_ratio if phase == "online" else 1) * config.num_seeds
+            values["updates_per_second"] = np.full(config.num_seeds, updates / (time.time() - begin))
+            evaluated = done % config.eval_interval == 0 or done == total
+            if evaluated:
+                values |= evaluation_values(run.shards, eval_envs, run.transform, config)
+            write_log(log, run, phase, done, values, config)
+            log.bar.update(num_steps)
+            if evaluated or received:
+                save_run(run, config, spec, run_dir)
+            if received:
+                exit_on_signal(received, log, run_dir)
+    log.bar.close()
+    plot_curve(run_dir)
+    summarize(run_dir, arrays)
+    if config.video:
+        film(run_dir / "video.mp4", run.shards[0], spec, run.transform, config)
+
+
+if __name__ == "__main__":
+    main()

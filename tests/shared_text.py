@@ -1,0 +1,71 @@
+"""The scripts share text, not modules: a top-level name that stands in two of them has the same
+bytes in both, but for what is the algorithm itself.
+
+    python tests/shared_text.py                          # list disagreements
+    python tests/shared_text.py --fix algorithms/iql.py  # push that file's versions into the others
+"""
+
+import argparse
+import ast
+from collections import defaultdict
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MAY_DIFFER = {
+    "Config", "PRESETS", "RANGES", "METRICS", "AgentState", "create_agent_state", "update_step",
+    "online_batch", "sample_action", "mode_actions", "critic_loss", "actor_loss", "value_loss",
+    "temperature_loss", "describe", "main",
+}  # fmt: skip
+
+
+def scripts():
+    """Every script, sorted."""
+    return sorted([*ROOT.glob("algorithms/*.py"), *ROOT.glob("baselines/*.py")])
+
+
+def definitions(path):
+    """{name: (first line, last line, source)} of each top-level function, class and constant."""
+    lines = path.read_text().splitlines(keepends=True)
+    found = {}
+    for node in ast.parse("".join(lines)).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            name = node.name
+            first = min([node.lineno, *(d.lineno for d in node.decorator_list)])
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            name, first = node.targets[0].id, node.lineno
+        else:
+            continue
+        found[name] = (first, node.end_lineno, "".join(lines[first - 1 : node.end_lineno]))
+    return found
+
+
+def disagreements(paths):
+    """{name: {source: [files]}} for every shared name with more than one source."""
+    versions = defaultdict(lambda: defaultdict(list))
+    for path in paths:
+        for name, (_, _, source) in definitions(path).items():
+            versions[name][source].append(path.name)
+    return {n: dict(v) for n, v in versions.items() if n not in MAY_DIFFER and len(v) > 1}
+
+
+def push(master, path):
+    """Replace every shared definition in `path` by the one in `master`; returns changed names."""
+    wanted, lines, changed = definitions(master), path.read_text().splitlines(keepends=True), []
+    for name, (first, last, source) in reversed(definitions(path).items()):
+        if name in wanted and name not in MAY_DIFFER and wanted[name][2] != source:
+            lines[first - 1 : last] = [wanted[name][2]]
+            changed.append(name)
+    path.write_text("".join(lines))
+    return changed
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--fix", type=Path, metavar="FILE", help="the version that all take over")
+    fix = parser.parse_args().fix
+    for script in scripts() if fix else []:
+        if script.resolve() != fix.resolve():
+            print(script.name, push(fix, script))
+    for name, sources in disagreements(scripts()).items():
+        print(f"{name}: {' | '.join(', '.join(files) for files in sources.values())}")
+    raise SystemExit(bool(disagreements(scripts())))
