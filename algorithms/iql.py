@@ -662,11 +662,13 @@ class ReplayBuffer:
     position: jax.Array  # where the next transition goes
 
 
-def empty_buffer(capacity, observation_dim, action_dim):
-    """A buffer for `capacity` transitions."""
-    observations, scalars = jnp.zeros((capacity, observation_dim)), jnp.zeros(capacity)
-    rows = Batch(observations, jnp.zeros((capacity, action_dim)), scalars, observations, scalars)
-    return ReplayBuffer(jax.tree.map(jnp.copy, rows), jnp.zeros((), int), jnp.zeros((), int))
+def empty_buffers(num_seeds, capacity, observation_dim, action_dim):
+    """A buffer per seed, on the host: rows (S, C, ...)."""
+    observations = np.zeros((num_seeds, capacity, observation_dim), np.float32)
+    actions = np.zeros((num_seeds, capacity, action_dim), np.float32)
+    scalars, counts = np.zeros((num_seeds, capacity), np.float32), np.zeros(num_seeds, np.int32)
+    rows = Batch(observations, actions, scalars, observations, scalars)
+    return ReplayBuffer(rows, counts, counts)
 
 
 def insert(buffer, transition):
@@ -768,7 +770,7 @@ def act_deterministically(state, observations):
     return jax.vmap(mode_actions)(state, observations)
 
 
-# ------------------------------------------------------------------------------------ Seeds, devices
+# ------------------------------------------------------------------------------ Seeds and devices
 # A shard is what one device holds of the seeds; shards[d] has a leading axis of S / D seeds. Each
 # device is given its own calls: they run side by side because dispatch returns at once.
 
@@ -787,8 +789,9 @@ def seed_devices(num_seeds):
 
 def split(tree, devices):
     """(S, ...) arrays -> a list with every device's part of the seeds."""
-    size = len(jax.tree.leaves(tree)[0]) // len(devices)
-    return [jax.tree.map(lambda x: x[i * size : (i + 1) * size], tree) for i in range(len(devices))]
+    leaves, structure = jax.tree.flatten(tree)
+    parts = zip(*[x.reshape(len(devices), -1, *x.shape[1:]) for x in leaves], strict=True)
+    return [jax.tree.unflatten(structure, part) for part in parts]
 
 
 def to_devices(tree, devices):
@@ -822,76 +825,77 @@ class Rollout:
     """The training environments, one per seed, between two steps."""
 
     envs: list
-    observations: np.ndarray  # (S, O), as the environments give them
-    episodes: np.ndarray  # (S,), episodes finished before the current one
-    played: list  # per seed: the agent's actions since the last reset
-    finished: list  # (return, length) of the episodes finished since the last log
+    observations: np.ndarray  # (S, O), in the environments' units
+    actions: np.ndarray  # (S, A), the agents' next ones
+    episodes: np.ndarray  # (S,), episodes finished so far
+    played: list  # per seed: the actions since the last reset
+    finished: list  # (seed index, return, length) of the episodes finished since the last log
 
 
-def start_rollout(spec, config, transform, episodes=None, played=None):
-    """Reset the environments; with `played` actions, play the interrupted episodes again, which
-    brings a deterministic simulator back to its state, bit for bit."""
-    wrap = gym.wrappers.RecordEpisodeStatistics
-    envs = [wrap(make_env(spec)) for _ in range(config.num_seeds)]
-    episodes = np.zeros(config.num_seeds, int) if episodes is None else episodes
-    played = [[] for _ in envs] if played is None else played
+def start_rollout(run, saved=None):
+    """Reset the training environments; with the arrays of a checkpoint play the interrupted
+    episodes again, which brings a deterministic simulator back to its state, bit for bit."""
+    seeds = range(run.config.num_seeds)
+    envs = [gym.wrappers.RecordEpisodeStatistics(make_env(run.spec)) for _ in seeds]
+    episodes = saved["rollout/episodes"] if saved else np.zeros(len(envs), int)
+    played = [list(saved[f"rollout/played/{i}"]) if saved else [] for i in seeds]
     observations = []
     for i, env in enumerate(envs):
-        observation, _ = env.reset(seed=episode_seed(0, config.seed + i, int(episodes[i])))
+        observation, _ = env.reset(seed=episode_seed(0, run.config.seed + i, int(episodes[i])))
         for action in played[i]:
-            observation, *_ = env.step(transform.environment_actions(action))
+            observation, *_ = env.step(run.transform.environment_actions(action))
         observations.append(observation)
-    return Rollout(envs, np.array(observations, np.float32), episodes, played, [])
+    observations = np.array(observations, np.float64)  # (S, O)
+    return Rollout(envs, observations, saved and saved["rollout/actions"], episodes, played, [])
 
 
-def step_rollout(rollout, actions, transform, config):
-    """Step every environment with the agent's actions (S, A); ended ones are reset.
+def step_rollout(run):
+    """Step every environment with the agents' next actions; ended ones are reset.
 
-    Returns the transitions, a Batch (S, ...). Their next observation is the one before a reset.
+    Returns the transitions, a Batch (S, ...); a next observation is the one before a reset.
     """
-    next_observations = np.empty_like(rollout.observations)  # (S, O)
-    rewards, terminated = np.zeros(len(actions)), np.zeros(len(actions), bool)  # (S,)
-    before = rollout.observations.copy()  # (S, O)
-    for i, env in enumerate(rollout.envs):
-        observation, rewards[i], terminated[i], truncated, info = env.step(
-            transform.environment_actions(actions[i])
-        )
+    rollout, seeds = run.rollout, range(run.config.num_seeds)
+    before, next_observations = rollout.observations.copy(), rollout.observations.copy()  # (S, O)
+    rewards, terminated = np.zeros(len(seeds)), np.zeros(len(seeds), bool)  # (S,)
+    for i in seeds:
+        action = run.transform.environment_actions(rollout.actions[i])
+        observation, rewards[i], terminated[i], truncated, info = rollout.envs[i].step(action)
+        rollout.played[i].append(rollout.actions[i])
         next_observations[i] = rollout.observations[i] = observation
-        rollout.played[i].append(actions[i])
         if terminated[i] or truncated:
             rollout.finished.append((i, info["episode"]["r"], info["episode"]["l"]))
             rollout.episodes[i] += 1
             rollout.played[i] = []
-            seed = episode_seed(0, config.seed + i, int(rollout.episodes[i]))
-            rollout.observations[i], _ = env.reset(seed=seed)
+            seed = episode_seed(0, run.config.seed + i, int(rollout.episodes[i]))
+            rollout.observations[i], _ = rollout.envs[i].reset(seed=seed)
     return Batch(
-        observations=transform.observations(before),
-        actions=np.asarray(actions),
-        rewards=transform.rewards(rewards),
-        next_observations=transform.observations(next_observations),
+        observations=run.transform.observations(before),
+        actions=rollout.actions,
+        rewards=run.transform.rewards(rewards),
+        next_observations=run.transform.observations(next_observations),
         masks=1.0 - terminated.astype(np.float32),
     )
 
 
-def evaluate(shards, envs, transform, config):
+def evaluate(run):
     """Returns and lengths (S, E) of one episode in each of the S * E environments, played side by
     side by the deterministic policy. Always the same start states; training is not touched."""
-    shape = (config.num_seeds, len(envs) // config.num_seeds)
-    seeds = [episode_seed(1, config.seed + i // shape[1], i % shape[1]) for i in range(len(envs))]
-    observations = np.stack([env.reset(seed=s)[0] for env, s in zip(envs, seeds, strict=True)])
-    returns, lengths = np.zeros(len(envs)), np.zeros(len(envs), int)
-    playing = np.ones(len(envs), bool)
-    per_device = config.num_seeds // len(shards)
+    config, envs, num = run.config, run.eval_envs, len(run.eval_envs)
+    seeds = [(config.seed + i // config.eval_episodes, i % config.eval_episodes) for i in range(num)]
+    starts = [env.reset(seed=episode_seed(1, *s))[0] for env, s in zip(envs, seeds, strict=True)]
+    observations = np.array(starts, np.float64).reshape(config.num_seeds, config.eval_episodes, -1)
+    returns, lengths, playing = np.zeros(num), np.zeros(num, int), np.ones(num, bool)
     while playing.any():
-        x = transform.observations(observations).reshape(len(shards), per_device, shape[1], -1)
-        modes = [act_deterministically(s, x[d]) for d, s in enumerate(shards)]
-        actions = transform.environment_actions(np.concatenate(modes).reshape(len(envs), -1))
+        inputs = split(run.transform.observations(observations), run.devices)
+        actions = to_host([act_deterministically(*xs) for xs in zip(run.shards, inputs, strict=True)])
+        actions = run.transform.environment_actions(actions).reshape(num, -1)
         for i in np.flatnonzero(playing):
-            observations[i], reward, terminated, truncated, _ = envs[i].step(actions[i])
+            observation, reward, terminated, truncated, _ = envs[i].step(actions[i])
+            observations.reshape(num, -1)[i] = observation
             returns[i] += reward
             lengths[i] += 1
             playing[i] = not (terminated or truncated)
-    return returns.reshape(shape), lengths.reshape(shape)
+    return returns.reshape(config.num_seeds, -1), lengths.reshape(config.num_seeds, -1)
 
 
 REFERENCE_RETURNS = {  # random and expert return, from D4RL (Fu et al. 2020, its infos.py)
@@ -908,8 +912,8 @@ REFERENCE_RETURNS = {  # random and expert return, from D4RL (Fu et al. 2020, it
 
 
 def reference_returns(spec):
-    """(random, expert) return of an environment, and their source; NaN where none is known. A
-    sparse maze that ends at its goal has return 1 or 0: its score is the success rate."""
+    """(random, expert) return of an environment, and where they are from; NaN where none is known.
+    A sparse maze that ends at its goal has return 1 or 0: its score is the success rate."""
     spec = json.loads(spec)
     if "Maze" in spec["id"] and not spec["kwargs"].get("continuing_task", True):
         return 0.0, 1.0, "success rate in percent"
@@ -918,10 +922,12 @@ def reference_returns(spec):
     return np.nan, np.nan, "no reference known, returns are raw"
 
 
-def normalized_scores(spec, returns):
-    """100 * (return - random) / (expert - random)."""
-    random, expert, _ = reference_returns(spec)
-    return 100.0 * (returns - random) / (expert - random)
+def evaluation_values(run):
+    """The evaluation's columns, each (S,): means over episodes."""
+    returns, lengths = evaluate(run)  # (S, E)
+    random, expert, _ = reference_returns(run.spec)
+    scores = 100.0 * (returns - random) / (expert - random)  # (S, E)
+    return {"return": returns.mean(1), "length": lengths.mean(1), "score": scores.mean(1)}
 
 
 # -------------------------------------------------------------------------------------- Checkpoint
@@ -935,14 +941,13 @@ def named_arrays(tree, prefix):
 
 
 def restore(template, arrays, prefix, path):
-    """A tree like `template` (arrays or shapes) from the named arrays of a checkpoint."""
-    names = list(named_arrays(jax.tree.map(lambda x: np.empty(0), template), prefix))
+    """A tree like `template` from the named arrays of the checkpoint read from `path`."""
     leaves, structure = jax.tree.flatten(template)
-    for name, leaf in zip(names, leaves, strict=True):
+    for name, leaf in named_arrays(template, prefix).items():
         found = arrays[name].shape if name in arrays else "missing"
         if found != leaf.shape:
             fail(f"{path}: {name} is {found}, but this run needs {leaf.shape}")
-    return jax.tree.unflatten(structure, [arrays[name] for name in names])
+    return jax.tree.unflatten(structure, [arrays[name] for name in named_arrays(template, prefix)])
 
 
 def save_checkpoint(path, arrays, meta):
@@ -963,22 +968,71 @@ def save_checkpoint(path, arrays, meta):
 
 
 def load_checkpoint(path):
-    """(arrays, meta, path read) of a checkpoint, or of its run folder. Every byte is checked (the
-    zip's CRC-32); a damaged or missing file is replaced by the previous one, with a warning."""
-    path = Path(path)
-    path = path / "checkpoint.npz" if path.is_dir() else path
+    """(arrays, meta, path read) of a checkpoint or a run folder. Every byte is checked (the zip's
+    CRC-32); for a damaged or missing file the previous one is taken, with a warning."""
+    path = Path(path) / "checkpoint.npz" if Path(path).is_dir() else Path(path)
+    damage = (OSError, ValueError, KeyError, EOFError, MemoryError, NotImplementedError)
     for candidate in (path, path.with_suffix(".previous.npz")):
         try:
             with np.load(candidate, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
             return arrays, json.loads(arrays.pop("meta").tobytes()), candidate
-        except (OSError, ValueError, KeyError, EOFError, MemoryError, NotImplementedError,
-                zipfile.BadZipFile, zlib.error) as error:  # fmt: skip
+        except (*damage, zipfile.BadZipFile, zlib.error) as error:
             print(f"warning: {candidate}: {type(error).__name__}: {error}", file=sys.stderr)
-    fail(f"{path}: no readable checkpoint")
+    return fail(f"{path}: no readable checkpoint")
 
 
-# ------------------------------------------------------------------------------ Run folder, metrics
+def save_run(run):
+    """One checkpoint of all that the run needs to go on, bit for bit on a CPU."""
+    arrays = named_arrays(to_host(run.shards), "state")
+    arrays |= named_arrays(dataclasses.asdict(run.transform), "transform")
+    if run.rollout is not None:
+        buffers = to_host(run.buffers)
+        rows = jax.tree.map(lambda x: x[:, : buffers.size.max()], buffers.rows)
+        arrays |= named_arrays(buffers.replace(rows=rows), "buffer")
+        arrays["rollout/actions"] = run.rollout.actions
+        arrays["rollout/episodes"] = run.rollout.episodes
+        for i, played in enumerate(run.rollout.played):
+            arrays[f"rollout/played/{i}"] = np.array(played, np.float32)
+    meta = {"script": Path(__file__).stem, "config": dataclasses.asdict(run.config),
+            "spec": run.spec, "offline": run.offline, "online": run.online, "rows": run.rows}  # fmt: skip
+    save_checkpoint(run.folder / "checkpoint.npz", arrays, meta)
+
+
+def restore_agent(run, source):
+    """Put agent and transform of a checkpoint into `run`; returns the checkpoint."""
+    arrays, meta, found = load_checkpoint(source)
+    if meta["script"] != Path(__file__).stem:
+        fail(f"{found}: a checkpoint of {meta['script']}.py, not of {Path(__file__).name}")
+    state = restore(to_host(run.shards), arrays, "state", found)
+    run.shards = to_devices(state, run.devices)
+    names = [field.name for field in dataclasses.fields(Transform)]
+    run.transform = Transform(**{name: arrays[f"transform/{name}"] for name in names})
+    return arrays, meta, found
+
+
+def resume_run(run):
+    """Go on where the checkpoint in the run's folder left off."""
+    arrays, meta, found = restore_agent(run, run.folder)
+    run.offline, run.online, run.rows = meta["offline"], meta["online"], meta["rows"]
+    if "rollout/actions" in arrays:
+        start_online(run, arrays, found)
+
+
+# ------------------------------------------------------------------------------ Command line, folder
+
+
+def locate(config):
+    """Dataset path, environment specification (JSON), and the preset that `auto` stands for."""
+    path = find_dataset(config.dataset)
+    spec = environment_spec(path, config.env_id)
+    return path, spec, "default" if config.dataset is None else domain(json.loads(spec)["id"])
+
+
+def domain(env_id):
+    """Name of the preset for an environment."""
+    words = {"AntMaze": "antmaze", "PointMaze": "pointmaze", "Kitchen": "kitchen", "Adroit": "adroit"}
+    return next((preset for word, preset in words.items() if word in env_id), "mujoco")
 
 
 def check_config(config):
@@ -987,83 +1041,78 @@ def check_config(config):
         if not low <= getattr(config, name) <= high:
             fail(f"--{name.replace('_', '-')} {getattr(config, name)}: must be in [{low}, {high}]")
     if config.eval_interval % config.log_interval:
-        fail(f"--eval-interval {config.eval_interval}: must be a multiple of --log-interval "
-             f"{config.log_interval}")  # fmt: skip
+        fail(f"--eval-interval must be a multiple of --log-interval {config.log_interval}")
 
 
-def domain(env_id):
-    """Name of the preset that an environment belongs to."""
-    words = {"AntMaze": "antmaze", "PointMaze": "pointmaze", "Kitchen": "kitchen", "Adroit": "adroit"}
-    return next((preset for word, preset in words.items() if word in env_id), "mujoco")
+def check_resumed(config, recorded):
+    """Refuse to go on with a run under settings that are not its own."""
+    check_config(config)
+    free = {"resume", "run_dir", "online_steps", "eval_episodes", "video", "wandb"}
+    free |= {"save_dataset", "dataset_steps", "dataset_policy"}
+    names = [field.name for field in dataclasses.fields(Config) if field.name not in free]
+    changed = [name for name in names if getattr(config, name) != getattr(recorded, name)]
+    if changed:
+        fail(f"--resume {config.resume}: that run has another {', '.join(changed)}")
+
+
+def config_from(values):
+    """A Config from its JSON form."""
+    unknown = set(values) ^ {field.name for field in dataclasses.fields(Config)}
+    if unknown:
+        fail(f"configuration of another script or version: {', '.join(sorted(unknown))}")
+    return Config(**values | {"hidden_dims": tuple(values["hidden_dims"])})
 
 
 def parse_config(arguments):
-    """Command line -> (Config, dataset path, environment spec as JSON).
+    """Command line -> (Config, dataset path, environment specification).
 
     What counts, weakest first: defaults, preset, the record of the run to resume, flags. A
     resumed run may only change what is no part of its past.
     """
     parse = partial(tyro.cli, Config, args=arguments, description=__doc__)
     config = parse()
-    recorded = Path(config.resume or "", "config.json")
     if config.eval_only:
         _, meta, _ = load_checkpoint(config.eval_only)
         default = dataclasses.replace(config_from(meta["config"]), eval_only=config.eval_only)
-        return parse(default=default), None, meta["env_spec"]
+        return parse(default=default), None, meta["spec"]
+    recorded = Path(config.resume or "", "config.json")
     if config.resume and recorded.is_file():
         default = config_from(json.loads(recorded.read_text()))
         config = parse(default=default)
-        free = {"resume", "run_dir", "online_steps", "eval_episodes", "video", "wandb"}
-        changed = [f.name for f in dataclasses.fields(Config)
-                   if f.name not in free and getattr(config, f.name) != getattr(default, f.name)]  # fmt: skip
-        if changed:
-            fail(f"--resume {config.resume}: that run has another {', '.join(changed)}")
+        check_resumed(config, default)
+        return config, *locate(config)[:2]
     check_config(config)
-    path = find_dataset(config.dataset)
-    spec = environment_spec(path, config.env_id)
-    if not recorded.is_file():
-        preset = config.preset
-        if preset == "auto":
-            preset = "default" if config.dataset is None else domain(json.loads(spec)["id"])
-        if preset not in PRESETS:
-            fail(f"--preset {preset}: must be auto or one of {', '.join(PRESETS)}")
-        config = parse(default=dataclasses.replace(Config(), **PRESETS[preset]))
-        config = dataclasses.replace(config, preset=preset)
-        if config.init_from:
-            config = dataclasses.replace(config, offline_steps=0)
+    path, spec, auto = locate(config)
+    preset = auto if config.preset == "auto" else config.preset
+    if preset not in PRESETS:
+        fail(f"--preset {preset}: must be auto or one of {', '.join(PRESETS)}")
+    config = parse(default=dataclasses.replace(Config(), **PRESETS[preset]))
+    config = dataclasses.replace(config, preset=preset)
     check_config(config)
     return config, path, spec
 
 
-def config_from(values):
-    """A Config from its JSON form."""
-    known = {field.name for field in dataclasses.fields(Config)}
-    if set(values) != known:
-        fail(f"config of another script or version: {', '.join(sorted(set(values) ^ known))}")
-    return Config(**values | {"hidden_dims": tuple(values["hidden_dims"])})
-
-
-def open_run(config, path):
-    """Make the run folder with config.json and versions.json; refuse one that holds a run."""
+def open_folder(config, dataset):
+    """Make the run's folder with config.json and versions.json; refuse one that holds a run."""
     script = Path(__file__)
-    data = (config.dataset or "default").replace("/", "-") if path else "online"
     name = f"seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    default = Path("runs", script.stem, data.lstrip(".-"), name)
-    run_dir = Path(config.resume or config.run_dir or default)
-    if (run_dir / "config.json").exists():
-        return run_dir if config.resume else fail(
-            f"--run-dir {run_dir}: holds a run already; go on with it by --resume {run_dir}")  # fmt: skip
+    data = Path(config.dataset or "default").stem if dataset else config.env_id
+    folder = Path(config.resume or config.run_dir or Path("runs", script.stem, data, name))
+    if (folder / "config.json").exists() and not config.resume:
+        fail(f"--run-dir {folder}: holds a run already; go on with it by --resume {folder}")
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "versions.json").write_text(json.dumps(versions(script, path), indent=2))
-        (run_dir / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2))
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "config.json").exists():
+            (folder / "versions.json").write_text(json.dumps(versions(script, dataset), indent=2))
+            (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2))
     except OSError as error:
-        fail(f"--run-dir {run_dir}: cannot be written ({error.strerror})")
-    return run_dir
+        fail(f"--run-dir {folder}: cannot be written ({error.strerror})")
+    return folder
 
 
-def versions(script, path):
-    """What made this run: command, code, data, packages, machine."""
+def versions(script, dataset):
+    """What makes a run: command, code, data, packages, machine."""
+
     def git(*words):
         command = ["git", "-C", str(script.resolve().parent), *words]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -1072,390 +1121,329 @@ def versions(script, path):
     def sha256(file):
         return hashlib.sha256(file.read_bytes()).hexdigest()
 
-    packages = ("jax jaxlib flax optax distrax tfp-nightly chex numpy scipy gymnasium mujoco "
-                "gymnasium-robotics minari h5py tyro").split()  # fmt: skip
-    installed = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
-    data = path / "main_data.hdf5" if path and path.is_dir() else path
+    data = dataset / "main_data.hdf5" if dataset and dataset.is_dir() else dataset
+    packages = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
     return {
         "command": sys.argv, "script": script.name, "script_sha256": sha256(script),
         "git_commit": git("rev-parse", "HEAD"), "git_dirty": bool(git("status", "--porcelain")),
-        "dataset": str(path), "dataset_sha256": sha256(data) if data else None,
+        "dataset": str(dataset), "dataset_sha256": sha256(data) if data else None,
         "python": platform.python_version(), "machine": platform.platform(),
         "cores": os.cpu_count(), "device": jax.devices()[0].device_kind,
-        "packages": {name: installed.get(name) for name in packages},
-        "environment": {k: v for k, v in os.environ.items() if k in ("XLA_FLAGS", "JAX_PLATFORMS")},
+        "xla_flags": os.environ.get("XLA_FLAGS"), "packages": packages,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }  # fmt: skip
+
+
+# ----------------------------------------------------------------------------- Metrics and signals
 
 
 COLUMNS = ["phase", "step", "seed", *METRICS, "episode_return", "episode_length", "return",
            "length", "score", "updates_per_second", "seconds"]  # fmt: skip
 
 
-@dataclasses.dataclass
-class Log:
-    """metrics.csv, one row per seed, and what is shown of it."""
+def open_log(run):
+    """metrics.csv, cut to the rows the checkpoint knows of, or new; progress bar; wandb."""
+    path = run.folder / "metrics.csv"
+    lines = path.read_text().splitlines()[: run.rows + 1] if run.rows else [",".join(COLUMNS)]
+    path.write_text("\n".join(lines) + "\n")
+    total = getattr(run.config, "offline_steps", 0) + run.config.online_steps
+    run.bar = tqdm(total=total, initial=run.offline + run.online, disable=None, smoothing=0.05)
+    if run.config.wandb:
+        try:
+            import wandb
 
-    path: Path
-    bar: Any
-    wandb: Any
-    started: float
-
-
-def open_log(run_dir, config, run):
-    """metrics.csv, cut to the rows that the checkpoint knows of, or new with its header."""
-    path = run_dir / "metrics.csv"
-    kept = path.read_text().splitlines()[: run.rows + 1] if run.rows else [",".join(COLUMNS)]
-    path.write_text("\n".join(kept) + "\n")
-    total = config.offline_steps + config.online_steps
-    bar = tqdm(total=total, initial=run.offline + run.online, unit="step", disable=None,
-               smoothing=0.05, dynamic_ncols=True)  # fmt: skip
-    return Log(path, bar, start_wandb(run_dir, config), time.time())
+            run.wandb = wandb.init(
+                project="offline-to-online", dir=run.folder, id=run.folder.name, resume="allow",
+                config=dataclasses.asdict(run.config),
+            )  # fmt: skip
+        except Exception as error:  # whatever it is, training goes on without
+            print(f"warning: wandb is off: {type(error).__name__}: {error}", file=sys.stderr)
 
 
-def start_wandb(run_dir, config):
-    """A wandb run, or None: it is optional, and its troubles are never the run's."""
-    if not config.wandb:
-        return None
-    try:
-        import wandb
-
-        return wandb.init(project="offline-to-online", dir=run_dir, id=run_dir.name, resume="allow",
-                          config=dataclasses.asdict(config))  # fmt: skip
-    except Exception as error:  # whatever it is, training must go on
-        print(f"warning: wandb is off: {type(error).__name__}: {error}", file=sys.stderr)
-
-
-def write_log(log, run, phase, step, values, config):
-    """One row per seed; `values` are (S,) arrays by column. Stops the run if one is not finite."""
+def write_log(run, phase, values):
+    """One row of metrics.csv per seed; `values` are (S,) arrays by column. A metric that is not
+    finite ends the run here, before anything is saved."""
+    step = getattr(run, phase)
     bad = [name for name in METRICS if not np.isfinite(values.get(name, 0.0)).all()]
     if bad:
-        fail(f"{phase} step {step}: {', '.join(bad)} not finite; last good checkpoint: "
-             f"{log.path.with_name('checkpoint.npz')}", code=3)  # fmt: skip
-    values["seconds"] = np.full(config.num_seeds, time.time() - log.started)
-    with open(log.path, "a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        for i in range(config.num_seeds):
-            row = {k: f"{v[i]:.6g}" for k, v in values.items() if np.isfinite(v[i])}
-            writer.writerow({"phase": phase, "step": step, "seed": config.seed + i} | row)
-    run.rows += config.num_seeds
-    means = {name: float(np.mean(value)) for name, value in values.items()}
-    shown = {"updates/s": f"{means['updates_per_second']:.0f}"}
-    if "return" in means:
-        line = f"{phase} {step:>8,}  return {means['return']:8.1f}"
-        line += f"  score {means['score']:6.1f}" if np.isfinite(means["score"]) else ""
-        tqdm.write(line + f"  episode length {means['length']:6.1f}")
-        shown["return"] = f"{means['return']:.0f}"
-    log.bar.set_description(phase)
-    log.bar.set_postfix(shown, refresh=False)
+        fail(f"{phase} step {step}: not finite: {', '.join(bad)}; the last good checkpoint is "
+             f"{run.folder / 'checkpoint.npz'}", code=3)  # fmt: skip
     try:
-        if log.wandb is not None:
-            log.wandb.log({f"{phase}/{k}": v for k, v in means.items()} | {f"{phase}/step": step})
-    except Exception as error:  # whatever it is, training must go on
-        print(f"warning: wandb is off: {type(error).__name__}: {error}", file=sys.stderr)
-        log.wandb = None
-
-
-def evaluation_values(shards, envs, transform, config):
-    """The evaluation columns, each (S,): mean over episodes."""
-    returns, lengths = evaluate(shards, envs, transform, config)  # (S, E)
-    scores = normalized_scores(envs[0].spec.to_json(), returns)
-    return {"return": returns.mean(1), "length": lengths.mean(1), "score": scores.mean(1)}
+        with open(run.folder / "metrics.csv", "a", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            for i in range(run.config.num_seeds):
+                row = {k: f"{v[i]:.6g}" for k, v in values.items() if np.isfinite(v[i])}
+                writer.writerow({"phase": phase, "step": step, "seed": run.config.seed + i} | row)
+    except OSError as error:
+        fail(f"cannot write metrics.csv ({error.strerror})", code=4)
+    run.rows += run.config.num_seeds
+    means = {name: float(np.mean(value)) for name, value in values.items()}
+    run.bar.set_description(phase, refresh=False)
+    run.shown |= {"updates/s": f"{means['updates_per_second']:.0f}"}
+    if "return" in means:
+        score = f"  score {means['score']:6.1f}" if np.isfinite(means["score"]) else ""
+        tqdm.write(f"{phase:7} {step:>9,}  return {means['return']:8.1f}{score}  "
+                   f"episode length {means['length']:6.1f}")  # fmt: skip
+        run.shown |= {"return": f"{means['return']:.0f}"}
+    run.bar.set_postfix(run.shown, refresh=False)
+    if run.wandb is not None:
+        try:
+            run.wandb.log({f"{phase}/{name}": mean for name, mean in means.items()})
+        except Exception as error:  # whatever it is, training goes on without
+            print(f"warning: wandb is off: {type(error).__name__}: {error}", file=sys.stderr)
+            run.wandb = None
 
 
 def catch_signals():
-    """SIGTERM, SIGUSR1 and Ctrl-C are noted, and answered between two chunks: save, then exit
+    """SIGTERM, SIGUSR1 and Ctrl-C are noted, and answered after the current chunk: save, exit
     with 128 + the signal's number. A second one kills at once."""
-    received = []
+    received, numbers = [], (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
     def handler(number, frame):
         received.append(number)
-        for each in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        for each in numbers:
             signal.signal(each, signal.SIG_DFL)
 
-    for each in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for each in numbers:
         signal.signal(each, handler)
     return received
 
 
-def exit_on_signal(received, log, run_dir):
-    """Exit if a signal was received; call it only when the checkpoint is up to date."""
-    log.bar.close()
-    name = signal.Signals(received[0]).name
-    print(f"{name}: saved; go on with --resume {run_dir}", file=sys.stderr)
-    raise SystemExit(128 + received[0])
-
-
-def plot_curve(run_dir):
-    """curve.png: the evaluated return of every seed, offline and online, and their mean."""
+def plot_curve(folder):
+    """curve.png: the evaluations of every seed, offline left of the switch, online right of it."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    with open(run_dir / "metrics.csv", newline="") as file:
+    with open(folder / "metrics.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["return"]]
     column = "score" if rows and rows[0]["score"] else "return"
-    switch = max([int(r["step"]) for r in rows if r["phase"] == "offline"], default=0)
-    curves = {}
-    for row in rows:
-        x = int(row["step"]) + switch * (row["phase"] == "online")
-        curves.setdefault(row["seed"], {})[x] = float(row[column])
+    switch = max([int(row["step"]) for row in rows if row["phase"] == "offline"], default=0)
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for seed, curve in curves.items():
-        axes.plot(*zip(*curve.items(), strict=True), lw=1, alpha=0.6, label=f"seed {seed}")
+    for seed in dict.fromkeys(row["seed"] for row in rows):
+        mine = [row for row in rows if row["seed"] == seed]
+        steps = [int(row["step"]) + switch * (row["phase"] == "online") for row in mine]
+        axes.plot(steps, [float(row[column]) for row in mine], label=f"seed {seed}")
     axes.axvline(switch, color="black", ls=":", lw=1)
-    axes.set(xlabel="updates offline | environment steps online", ylabel=column, title=str(run_dir))
+    axes.set(xlabel="updates offline | environment steps online", ylabel=column, title=str(folder))
     axes.legend(frameon=False)
-    figure.savefig(run_dir / "curve.png", dpi=150)
+    figure.savefig(folder / "curve.png", dpi=150)
     pyplot.close(figure)
 
 
-def film(path, shard, spec, transform, config):
-    """video.mp4 of one episode of the first seed's deterministic policy."""
-    import imageio.v3
-
+def film(run, path):
+    """video.mp4: one episode of the first seed's deterministic policy."""
     try:
-        env = make_env(spec, render_mode="rgb_array")
-        observation, _ = env.reset(seed=episode_seed(2, config.seed, 0))
-        frames, ended = [env.render()], False
+        import imageio.v3
+
+        env = make_env(run.spec, render_mode="rgb_array")
+        observation, _ = env.reset(seed=episode_seed(2, run.config.seed, 0))
+        frames, ended, seeds = [env.render()], False, run.config.num_seeds // len(run.devices)
         while not ended:
-            x = transform.observations(observation)[None, None]
-            x = np.repeat(x, len(jax.tree.leaves(shard)[0]), axis=0)  # (S, 1, O)
-            action = np.asarray(act_deterministically(shard, x))[0, 0]
-            observation, _, terminated, truncated, _ = env.step(transform.environment_actions(action))
+            x = np.tile(run.transform.observations(observation), (seeds, 1, 1))  # (S / D, 1, O)
+            action = np.asarray(act_deterministically(run.shards[0], x))[0, 0]  # (A,)
+            action = run.transform.environment_actions(action)
+            observation, _, terminated, truncated, _ = env.step(action)
             frames.append(env.render())
             ended = terminated or truncated
         imageio.v3.imwrite(path, np.stack(frames), fps=env.metadata.get("render_fps", 30))
-        print(f"film: {path}")
+        print(f"film      {path}")
     except Exception as error:  # no display driver, no encoder: the run itself is not to blame
         print(f"warning: no film: {' '.join(str(error).split())}; without a screen MuJoCo needs "
               "MUJOCO_GL=egl and Debian's libegl1", file=sys.stderr)  # fmt: skip
 
 
-def evaluate_checkpoint(config, spec):
-    """--eval-only: the score of a saved agent, in the environment it was trained in."""
-    arrays, meta, found = load_checkpoint(config.eval_only)
-    shapes = len(arrays["transform/observation_mean"]), len(arrays["transform/action_center"])
-    devices = seed_devices(config.num_seeds)
-    run = Run(create_shards(config, *shapes, devices), None)
-    restore_agent(run, arrays, meta, found, devices)
-    envs = [make_env(spec) for _ in range(config.num_seeds * config.eval_episodes)]
-    values = evaluation_values(run.shards, envs, run.transform, config)
-    for i in range(config.num_seeds):
-        row = ", ".join(f"{name} {value[i]:.1f}" for name, value in values.items())
-        print(f"seed {config.seed + i}: {row}")
-    if config.video:
-        film(found.parent / "video.mp4", run.shards[0], spec, run.transform, config)
-
-
-# ------------------------------------------------------------------------------------- One run
+# ---------------------------------------------------------------------------------------- The run
 
 
 @dataclasses.dataclass
 class Run:
-    """What a checkpoint holds: agents and counters, and online the buffers and environments."""
+    """One run: what it is made of, how far it is, and what is shown of it."""
 
-    shards: list  # AgentState per device
+    config: Config
+    spec: str  # the environment's, JSON
+    folder: Path
+    devices: list
     transform: Transform
+    shards: list  # AgentState per device
+    eval_envs: list
+    datasets: list  # Batch per device, or None
     offline: int = 0  # updates done
     online: int = 0  # environment steps done, per seed
     rows: int = 0  # of metrics.csv
-    buffers: Any = None  # ReplayBuffer per device
-    rollout: Any = None
-    actions: Any = None  # (S, A), the next ones
+    buffers: Any = None  # ReplayBuffer per device, once online
+    rollout: Any = None  # Rollout, once online
+    bar: Any = None
+    wandb: Any = None
+    shown: dict = dataclasses.field(default_factory=dict)
 
 
 def create_shards(config, observation_dim, action_dim, devices):
-    """Fresh agents, seed + i from its own key, spread over the devices."""
+    """Fresh agents, each from its own seed's key, spread over the devices."""
     keys = jnp.stack([jax.random.PRNGKey(config.seed + i) for i in range(config.num_seeds)])
-    create = partial(create_agent_state, observation_dim=observation_dim, action_dim=action_dim,
-                     config=config)  # fmt: skip
+    sizes = {"observation_dim": observation_dim, "action_dim": action_dim}
+    create = partial(create_agent_state, config=config, **sizes)
     return to_devices(jax.jit(partial(for_each_seed, create))(keys), devices)
 
 
-def save_run(run, config, spec, run_dir):
-    """One checkpoint of everything that the run needs to go on, bit for bit on a CPU."""
-    arrays = named_arrays(to_host(run.shards), "state")
-    arrays |= named_arrays(dataclasses.asdict(run.transform), "transform")
-    if run.rollout is not None:
-        buffer = to_host(run.buffers)
-        rows = jax.tree.map(lambda x: x[:, : buffer.size.max()], buffer.rows)
-        arrays |= named_arrays(buffer.replace(rows=rows), "buffer")
-        arrays |= {"rollout/actions": run.actions, "rollout/episodes": run.rollout.episodes}
-        for i, played in enumerate(run.rollout.played):
-            arrays[f"rollout/played/{i}"] = np.array(played, np.float32)
-    meta = {"script": Path(__file__).stem, "config": dataclasses.asdict(config), "env_spec": spec,
-            "offline": run.offline, "online": run.online, "rows": run.rows}  # fmt: skip
-    save_checkpoint(run_dir / "checkpoint.npz", arrays, meta)
-
-
-def restore_run(run, arrays, meta, found, config, spec, devices):
-    """Put a checkpoint of this run into `run`."""
-    restore_agent(run, arrays, meta, found, devices)
-    run.offline, run.online, run.rows = meta["offline"], meta["online"], meta["rows"]
-    if "rollout/actions" not in arrays:
-        return
-    start_online(run, config, spec, devices, arrays)
-
-
-def restore_agent(run, arrays, meta, found, devices):
-    """Put the agent and the transform of a checkpoint into `run`."""
-    if meta["script"] != Path(__file__).stem:
-        fail(f"{found}: a checkpoint of {meta['script']}.py, not of {Path(__file__).name}")
-    run.shards = to_devices(restore(to_host(run.shards), arrays, "state", found), devices)
-    names = [field.name for field in dataclasses.fields(Transform)]
-    run.transform = Transform(**{name: arrays[f"transform/{name}"] for name in names})
-
-
-def start_online(run, config, spec, devices, arrays=None):
-    """Empty buffers, environments at their first reset, first actions; or those of a checkpoint."""
+def start_online(run, saved=None, found=None):
+    """Replay buffers, training environments and first actions: new ones, or a checkpoint's."""
     sizes = len(run.transform.observation_mean), len(run.transform.action_center)
-    buffers = empty_buffers(config, *sizes)
-    if arrays is None:
-        run.rollout = start_rollout(spec, config, run.transform)
-        observations = split(run.transform.observations(run.rollout.observations), devices)
+    capacity = min(run.config.buffer_size, run.config.online_steps)
+    filled = saved["buffer/rows/rewards"].shape[1] if saved else 0
+    buffers = empty_buffers(run.config.num_seeds, filled, *sizes)
+    if saved:
+        buffers = restore(buffers, saved, "buffer", found)
+    pad = empty_buffers(run.config.num_seeds, capacity - filled, *sizes).rows
+    rows = jax.tree.map(lambda *xs: np.concatenate(xs, axis=1), buffers.rows, pad)
+    run.buffers = to_devices(buffers.replace(rows=rows), run.devices)
+    run.rollout = start_rollout(run, saved)
+    if not saved:
+        observations = split(run.transform.observations(run.rollout.observations), run.devices)
         actions, keys = on_every_device(act, run.shards, observations)
         run.shards = [s.replace(key=key) for s, key in zip(run.shards, keys, strict=True)]
-        run.actions = to_host(actions)
-    else:
-        rows = restore_rows(buffers.rows, arrays)
-        buffers = ReplayBuffer(rows, arrays["buffer/size"], arrays["buffer/position"])
-        played = [list(arrays[f"rollout/played/{i}"]) for i in range(config.num_seeds)]
-        run.rollout = start_rollout(
-            spec, config, run.transform, arrays["rollout/episodes"].copy(), played
-        )
-        run.actions = arrays["rollout/actions"]
-    run.buffers = to_devices(buffers, devices)
+        run.rollout.actions = to_host(actions)
 
 
-def empty_buffers(config, observation_dim, action_dim):
-    """One buffer per seed for all online steps, up to `buffer_size`: rows (S, C, ...)."""
-    one = empty_buffer(min(config.buffer_size, config.online_steps), observation_dim, action_dim)
-    return jax.tree.map(lambda x: np.repeat(np.asarray(x)[None], config.num_seeds, axis=0), one)
-
-
-def restore_rows(rows, arrays):
-    """The filled rows of a checkpoint in front of the empty ones."""
-    filled = {name: np.copy(zeros) for name, zeros in named_arrays(rows, "buffer/rows").items()}
-    for name, zeros in filled.items():
-        zeros[:, : arrays[name].shape[1]] = arrays[name]
-    return restore(rows, filled, "buffer/rows", "checkpoint")
-
-
-def offline_chunk(run, datasets, config, num_steps):
+def offline_chunk(run, num_steps):
     """`num_steps` offline updates of every seed. Returns the mean metrics, (S,)."""
-    update = partial(update_steps, config=config, num_steps=num_steps)
-    run.shards, infos = on_every_device(update, run.shards, datasets)
-    run.offline += num_steps
+    update = partial(update_steps, config=run.config, num_steps=num_steps)
+    run.shards, infos = on_every_device(update, run.shards, run.datasets)
     return to_host(infos)
 
 
-def online_chunk(run, datasets, config, num_steps):
-    """`num_steps` environment steps of every seed, each with its updates. Returns mean metrics."""
-    devices, infos = range(len(datasets)), []
-    learn = run.online >= config.warmup_steps
-    step = partial(online_step, config=config, learn=learn)
+def online_chunk(run, num_steps):
+    """`num_steps` environment steps of every seed, each with its updates. Returns the mean
+    metrics, (S,), and the mean return and length of the training episodes that ended."""
+    learn, infos = run.online >= run.config.warmup_steps, []
+    step = partial(online_step, config=run.config, learn=learn)
     for _ in range(num_steps):
-        transitions = step_rollout(run.rollout, run.actions, run.transform, config)
-        observations = run.transform.observations(run.rollout.observations)
-        inputs = split(transitions, devices), split(observations, devices), datasets
+        transitions = split(step_rollout(run), run.devices)
+        observations = split(run.transform.observations(run.rollout.observations), run.devices)
         run.shards, run.buffers, actions, info = on_every_device(
-            step, run.shards, run.buffers, *inputs
+            step, run.shards, run.buffers, transitions, observations, run.datasets
         )
-        run.actions = to_host(actions)  # (S, A), waits for the device
+        run.rollout.actions = to_host(actions)  # (S, A); waits for the device
         infos.append(info)
-    run.online += num_steps
-    values = jax.tree.map(lambda *xs: np.mean(xs, axis=0), *[to_host(info) for info in infos])
-    for i in range(config.num_seeds):
-        ended = [e for e in run.rollout.finished if e[0] == i]
-        for column, name in ((1, "episode_return"), (2, "episode_length")):
-            values.setdefault(name, np.full(config.num_seeds, np.nan))
-            values[name][i] = np.mean([e[column] for e in ended]) if ended else np.nan
+    values = jax.tree.map(lambda *xs: np.mean(xs, axis=0), *map(to_host, infos))
+    for column, name in ((1, "episode_return"), (2, "episode_length")):
+        ended = [[e[column] for e in run.rollout.finished if e[0] == i] for i in range(len(actions))]
+        values[name] = np.array([np.mean(x) if x else np.nan for x in ended])
     run.rollout.finished.clear()
     return values
 
 
-def summarize(run_dir, arrays):
-    """The last lines: data, offline, online, and the deepest dip after the switch."""
-    with open(run_dir / "metrics.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["return"]]
-    column = "score" if rows and rows[0]["score"] else "return"
-    print(f"mean return of the data {episode_returns(arrays).mean():.1f}")
-    for seed in sorted({row["seed"] for row in rows}):
-        offline, online = ([float(r[column]) for r in rows if (r["seed"], r["phase"]) == (seed, p)]
-                           for p in ("offline", "online"))  # fmt: skip
-        text = f"offline {offline[-1]:.1f}  " if offline else ""
-        text += f"online {online[-1]:.1f}, lowest on the way {min(online):.1f}" if online else ""
-        print(f"seed {seed}: {column} {text}")
+def train(run, phase, chunk, num_steps, received):
+    """Chunk by chunk up to `num_steps`: log, evaluate, save, and answer a signal."""
+    config, per_step = run.config, run.config.utd_ratio if phase == "online" else 1
+    while getattr(run, phase) < num_steps:
+        begin = time.time()
+        size = min(config.log_interval, num_steps - getattr(run, phase))
+        values = chunk(run, size)
+        setattr(run, phase, getattr(run, phase) + size)
+        seconds = time.time() - begin
+        rate = size * per_step * config.num_seeds / seconds
+        values |= {"updates_per_second": np.full(config.num_seeds, rate),
+                   "seconds": np.full(config.num_seeds, seconds)}  # fmt: skip
+        done = getattr(run, phase)
+        evaluated = done % config.eval_interval == 0 or done == num_steps
+        if evaluated:
+            values |= evaluation_values(run)
+        write_log(run, phase, values)
+        run.bar.update(size)
+        if evaluated or received:
+            save_run(run)
+        if received:
+            run.bar.close()
+            name = signal.Signals(received[0]).name
+            print(f"{name}: saved; go on with --resume {run.folder}", file=sys.stderr)
+            raise SystemExit(128 + received[0])
 
 
-def describe(config, path, arrays, spec, run, run_dir):
+def evaluate_checkpoint(config, spec):
+    """--eval-only: the score of a saved agent, and on demand a film of it."""
+    arrays, _, found = load_checkpoint(config.eval_only)
+    sizes = len(arrays["transform/observation_mean"]), len(arrays["transform/action_center"])
+    devices = seed_devices(config.num_seeds)
+    envs = [make_env(spec) for _ in range(config.num_seeds * config.eval_episodes)]
+    shards = create_shards(config, *sizes, devices)
+    run = Run(config, spec, found.parent, devices, None, shards, envs, None)
+    restore_agent(run, found)
+    values = evaluation_values(run)
+    for i in range(config.num_seeds):
+        row = ", ".join(f"{name} {value[i]:.1f}" for name, value in values.items())
+        print(f"seed {config.seed + i}: {row}")
+    if config.video:
+        film(run, found.parent / "video.mp4")
+
+
+# -------------------------------------------------------------------------------------------- main
+
+
+def describe(run, dataset, arrays):
     """Say what is trained on what, before anything compiles."""
     returns = episode_returns(arrays)
     rewards = run.transform.rewards(arrays["rewards"])
-    discounted = discounted_returns(rewards, arrays["ends"], config.discount)
-    print(f"dataset   {path}: {len(rewards):,} steps, {len(returns):,} trajectories, return "
-          f"{returns.mean():.1f} ({returns.min():.1f} ... {returns.max():.1f})")  # fmt: skip
-    print(f"          discounted return in the agent's units {discounted.mean():.2f}: compare v, q")
-    env_id = json.loads(spec)["id"]
-    print(f"env       {env_id}, {len(arrays['observations'][0])} observations, "
-          f"{len(arrays['actions'][0])} actions; score: {reference_returns(spec)[2]}")  # fmt: skip
-    settings = ", ".join(f"{name} {getattr(config, name)}" for name in PRESETS[config.preset])
-    print(f"preset    {config.preset}: {settings}")
-    print(f"run       {run_dir}", flush=True)
+    discounted = discounted_returns(rewards, arrays["ends"], run.config.discount).mean()
+    settings = [f"{name} {getattr(run.config, name)}" for name in PRESETS[run.config.preset]]
+    print(f"dataset   {dataset}: {len(rewards):,} steps, {len(returns):,} trajectories")
+    print(f"          return {returns.mean():.1f} ({returns.min():.1f} ... {returns.max():.1f}); "
+          f"discounted, in the agent's units {discounted:.2f}: compare q")  # fmt: skip
+    print(f"env       {json.loads(run.spec)['id']}; score: {reference_returns(run.spec)[2]}")
+    print(f"preset    {run.config.preset}: {', '.join(settings)}")
+    print(f"run       {run.folder}", flush=True)
+
+
+def summarize(run, arrays):
+    """The last lines: the data's return, and of every seed the scores around the switch."""
+    with open(run.folder / "metrics.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["return"]]
+    column = "score" if rows and rows[0]["score"] else "return"
+    print(f"data      mean return {episode_returns(arrays).mean():.1f}")
+    for seed in dict.fromkeys(row["seed"] for row in rows):
+        curve = {phase: [float(row[column]) for row in rows
+                         if row["seed"] == seed and row["phase"] == phase]
+                 for phase in ("offline", "online")}  # fmt: skip
+        parts = [f"{phase} {values[-1]:.1f}" for phase, values in curve.items() if values]
+        dip = f", lowest online {min(curve['online']):.1f}" if curve["online"] else ""
+        print(f"seed {seed:4} {column} {', then '.join(parts)}{dip}")
+    print(f"curve     {run.folder / 'curve.png'}")
 
 
 def main(arguments=None):
-    config, path, spec = parse_config(arguments)
+    config, dataset, spec = parse_config(arguments)
     use_all_cores(config.num_seeds)
     if config.eval_only:
-        return evaluate_checkpoint(config, spec)
+        evaluate_checkpoint(config, spec)
+        return
     received = catch_signals()
     eval_envs = [make_env(spec) for _ in range(config.num_seeds * config.eval_episodes)]
-    arrays = read_dataset(path)
-    check_dataset(arrays, eval_envs[0], path)
-    run_dir = open_run(config, path)
-
-    devices = seed_devices(config.num_seeds)
-    sizes = arrays["observations"].shape[1], arrays["actions"].shape[1]
+    arrays = read_dataset(dataset)
+    check_dataset(arrays, eval_envs[0], dataset)
     transform = fit_transform(arrays, eval_envs[0].action_space, config)
-    run = Run(create_shards(config, *sizes, devices), transform)
-    if config.resume and (run_dir / "checkpoint.npz").exists():
-        restore_run(run, *load_checkpoint(run_dir), config, spec, devices)
+    folder, devices = open_folder(config, dataset), seed_devices(config.num_seeds)
+    shards = create_shards(config, *eval_envs[0].observation_space.shape,
+                           *eval_envs[0].action_space.shape, devices)  # fmt: skip
+    run = Run(config, spec, folder, devices, transform, shards, eval_envs, None)
+    if (folder / "checkpoint.npz").exists():
+        resume_run(run)
     elif config.init_from:
-        keys = [shard.key for shard in run.shards]
-        restore_agent(run, *load_checkpoint(config.init_from), devices)
-        run.shards = [s.replace(key=key) for s, key in zip(run.shards, keys, strict=True)]
-    describe(config, path, arrays, spec, run, run_dir)
-    datasets = [jax.device_put(agent_batch(arrays, run.transform), device) for device in devices]
-    log = open_log(run_dir, config, run)
-
-    for phase, total in (("offline", config.offline_steps), ("online", config.online_steps)):
-        if phase == "online" and total and run.rollout is None:
-            start_online(run, config, spec, devices)
-        chunk = {"offline": offline_chunk, "online": online_chunk}[phase]
-        while getattr(run, phase) < total:
-            begin = time.time()
-            num_steps = min(config.log_interval, total - getattr(run, phase))
-            values = chunk(run, datasets, config, num_steps)
-            done = getattr(run, phase)
-            updates = num_steps * (config.utd_ratio if phase == "online" else 1) * config.num_seeds
-            values["updates_per_second"] = np.full(config.num_seeds, updates / (time.time() - begin))
-            evaluated = done % config.eval_interval == 0 or done == total
-            if evaluated:
-                values |= evaluation_values(run.shards, eval_envs, run.transform, config)
-            write_log(log, run, phase, done, values, config)
-            log.bar.update(num_steps)
-            if evaluated or received:
-                save_run(run, config, spec, run_dir)
-            if received:
-                exit_on_signal(received, log, run_dir)
-    log.bar.close()
-    plot_curve(run_dir)
-    summarize(run_dir, arrays)
+        restore_agent(run, config.init_from)
+        run.shards = [s.replace(key=fresh.key) for s, fresh in zip(run.shards, shards, strict=True)]
+    run.datasets = [jax.device_put(agent_batch(arrays, run.transform), d) for d in devices]
+    describe(run, dataset, arrays)
+    open_log(run)
+    if not config.init_from:
+        train(run, "offline", offline_chunk, config.offline_steps, received)
+    if config.online_steps and run.rollout is None:
+        start_online(run)
+    train(run, "online", online_chunk, config.online_steps, received)
+    run.bar.close()
+    plot_curve(folder)
+    summarize(run, arrays)
     if config.video:
-        film(run_dir / "video.mp4", run.shards[0], spec, run.transform, config)
+        film(run, folder / "video.mp4")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1271 @@
+"""Soft actor-critic (SAC): from scratch, online. The base of the CQL family, and what makes data.
+
+Maximise the return plus the policy's entropy: a critic learns the soft value of each action, a
+squashed Gaussian policy ascends it, and the temperature, the price of entropy, is tuned so that
+the entropy settles at a target.
+
+    Haarnoja et al.: Soft Actor-Critic Algorithms and Applications, arXiv 1812.05905
+
+    critic       L_Q     = E[ sum_i (r + discount * soft V(s') - Q_i(s, a))^2 ]
+                 soft V(s') = min_i Qtarget_i(s', a') - temperature * log pi(a' | s'), a' ~ pi(s')
+    actor        L_pi    = E[ temperature * log pi(a | s) - min_i Q_i(s, a) ], a ~ pi(s)
+    temperature  L_alpha = -temperature * E[ log pi(a | s) + target_entropy ]
+
+    python baselines/sac.py --env-id Hopper-v5
+    python baselines/sac.py --save-dataset hopper/my-replay-v0  # its replay as a Minari dataset
+
+Deviations from the paper's code (github.com/rail-berkeley/softlearning):
+ 1. The actions of the first `warmup_steps` are uniform, and no update is made before their end.
+ 2. Orthogonal initialisation, as in jaxrl; the critics' squared errors are summed, not halved.
+ 3. The temperature's loss is linear in the temperature, not in its logarithm (jaxrl's form).
+"""
+
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "jax==0.10.2",
+#   "flax==0.12.8",
+#   "optax==0.2.8",
+#   "distrax==0.1.9",
+#   "tfp-nightly==0.26.0.dev20261027",
+#   "chex==0.1.92",
+#   "numpy==2.4.6",
+#   "scipy==1.17.1",
+#   "gymnasium[mujoco]==1.4.0",
+#   "mujoco==3.11.0",
+#   "minari[hdf5,hf]==0.5.4",
+#   "h5py==3.16.0",
+#   "huggingface-hub==2.4.0",
+#   "tyro==1.0.16",
+#   "tqdm==4.70.1",
+#   "matplotlib==3.11.2",
+#   "imageio[ffmpeg]==2.38.1",
+#   "imageio-ffmpeg==0.8.1",
+# ]
+# ///
+import csv
+import dataclasses
+import difflib
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+import zlib
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import distrax
+import flax
+import flax.linen as nn
+import gymnasium as gym
+import h5py
+import jax
+import jax.numpy as jnp
+import minari
+import numpy as np
+import optax
+import tyro
+from flax.training.train_state import TrainState
+from tqdm import tqdm
+
+# ---------------------------------------------------------------------------------------- Config
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    # Run
+    seed: int = 0  # the first seed
+    num_seeds: int = 1  # seeds trained side by side: seed, seed + 1, ...
+    preset: str = "auto"  # settings of a domain, see PRESETS; auto: from the environment
+    online_steps: int = 1_000_000  # environment steps, per seed
+    eval_interval: int = 5_000  # environment steps
+    eval_episodes: int = 10  # per evaluation and seed
+    log_interval: int = 1_000  # environment steps per row of metrics.csv
+    run_dir: str | None = None  # folder of this run; default: runs/<script>/<dataset>/<name>
+    resume: str | None = None  # folder of a run to go on with (a new run where there is none)
+    init_from: str | None = None  # checkpoint or run folder: start from its agent
+    eval_only: str | None = None  # checkpoint or run folder: evaluate it and stop
+    video: bool = False  # film one episode at the end: video.mp4
+    wandb: bool = False  # also log to Weights & Biases
+    # Data
+    env_id: str = "Hopper-v5"  # Gymnasium id
+    save_dataset: str | None = None  # write the first seed's replay as this Minari dataset
+    dataset_steps: int = 1_000_000  # of the replay, from its beginning; and of the next line
+    dataset_policy: str | None = None  # write steps of the final policy, sampled, as this dataset
+    reward_scale: float = 1.0  # r <- reward_scale * r + reward_shift
+    reward_shift: float = 0.0  # see reward_scale
+    # Optimisation
+    batch_size: int = 256  # transitions per update
+    discount: float = 0.99  # per step
+    tau: float = 0.005  # target critic: fraction of the new critic per update
+    buffer_size: int = 1_000_000  # online transitions kept, per seed
+    hidden_dims: tuple[int, ...] = (256, 256)  # widths of every network
+    learning_rate: float = 3e-4  # Adam, every network
+    utd_ratio: int = 1  # updates per environment step
+    warmup_steps: int = 5_000  # environment steps before the first online update
+    # SAC
+    num_critics: int = 2  # Q-functions; the minimum counts
+    entropy_per_action: float = -1.0  # target entropy (nats) per action dimension
+
+
+PRESETS = {
+    "mujoco": dict(),
+    "smoke": dict(
+        online_steps=300, warmup_steps=100, eval_interval=100, eval_episodes=1, log_interval=50,
+        batch_size=32, hidden_dims=(32, 32),
+    ),
+}  # fmt: skip
+
+RANGES = {  # smallest and largest accepted value
+    "num_seeds": (1, 4096), "online_steps": (0, 10**9), "eval_interval": (1, 10**9),
+    "eval_episodes": (1, 10**4), "log_interval": (1, 10**9), "batch_size": (1, 10**6),
+    "discount": (0.0, 1.0), "tau": (0.0, 1.0), "utd_ratio": (1, 1000),
+    "learning_rate": (0.0, 1.0), "num_critics": (1, 100), "seed": (0, 2**31 - 1),
+    "warmup_steps": (1, 10**9), "buffer_size": (1, 10**9),
+}  # fmt: skip
+
+METRICS = {  # every column of metrics.csv that is the algorithm's own, with its healthy range
+    "critic_loss": "squared TD error, summed over critics; bounded, may grow with q",
+    "actor_loss": "temperature * log pi - Q; falls as q rises",
+    "temperature_loss": "near 0 once the entropy is at its target",
+    "q": "mean Q of the batch; below the best discounted return",
+    "entropy": "-log pi of the policy's own actions (nats); settles at the target entropy",
+    "temperature": "price of a nat of entropy; falls from 1",
+}
+
+# --------------------------------------------------------------------- Networks and distributions
+
+
+orthogonal = nn.initializers.orthogonal(2**0.5)
+
+
+class MLP(nn.Module):
+    """Hidden layers with ReLU, and dropout where `dropout_rate` is not 0: (..., F) -> (..., H)."""
+
+    hidden_dims: tuple[int, ...]
+    dropout_rate: float = 0.0
+
+    @nn.compact
+    def __call__(self, x, training=False):
+        for width in self.hidden_dims:
+            x = nn.relu(nn.Dense(width, kernel_init=orthogonal)(x))  # (..., width)
+            if self.dropout_rate > 0:
+                x = nn.Dropout(self.dropout_rate, deterministic=not training)(x)
+        return x
+
+
+class ScalarHead(nn.Module):
+    """A linear layer with one output: (..., F) -> (...).
+
+    Written as multiply-and-sum: on a CPU the gradient of a matmul with one column is slow.
+    """
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = self.param("kernel", orthogonal, (x.shape[-1], 1))
+        bias = self.param("bias", nn.initializers.zeros, ())
+        return (x * kernel[:, 0]).sum(axis=-1) + bias  # (...)
+
+
+class Critic(nn.Module):
+    """One Q-function: (B, O), (B, A) -> (B,)."""
+
+    hidden_dims: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, observations, actions):
+        inputs = jnp.concatenate([observations, actions], axis=-1)  # (B, O + A)
+        return ScalarHead()(MLP(self.hidden_dims)(inputs))  # (B,)
+
+
+class CriticEnsemble(nn.Module):
+    """`num_critics` Q-functions with their own parameters: (B, O), (B, A) -> (N, B)."""
+
+    hidden_dims: tuple[int, ...]
+    num_critics: int
+
+    @nn.compact
+    def __call__(self, observations, actions):
+        ensemble = nn.vmap(
+            Critic,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=None,
+            axis_size=self.num_critics,
+        )
+        return ensemble(self.hidden_dims)(observations, actions)  # (N, B)
+
+
+class TanhGaussianPolicy(nn.Module):
+    """pi: (B, O) -> a diagonal Gaussian, squashed by tanh, over actions (B, A)."""
+
+    hidden_dims: tuple[int, ...]
+    action_dim: int
+
+    @nn.compact
+    def __call__(self, observations):
+        features = MLP(self.hidden_dims)(observations)  # (B, H)
+        mean = nn.Dense(self.action_dim, kernel_init=orthogonal)(features)  # (B, A)
+        log_std = nn.Dense(self.action_dim, kernel_init=orthogonal)(features)  # (B, A)
+        std = jnp.exp(jnp.clip(log_std, -10.0, 2.0))  # (B, A)
+        gaussian = distrax.MultivariateNormalDiag(mean, std)
+        return distrax.Transformed(gaussian, distrax.Block(distrax.Tanh(), 1))
+
+
+class Temperature(nn.Module):
+    """The price of a nat of entropy, a positive scalar."""
+
+    @nn.compact
+    def __call__(self):
+        return jnp.exp(self.param("log_temperature", nn.initializers.zeros, ()))
+
+
+# ------------------------------------------------------------------------------------ Agent state
+
+
+@flax.struct.dataclass
+class AgentState:
+    """All that training changes in one agent. Outside the losses every array has a leading axis
+    of seeds, (S, ...)."""
+
+    actor: TrainState
+    critic: TrainState
+    temperature: TrainState
+    target_critic_params: Any
+    key: jax.Array
+
+
+def create_agent_state(key, observation_dim, action_dim, config):
+    """A fresh agent for one seed, from its random key (2,)."""
+    key, actor_key, critic_key, temperature_key = jax.random.split(key, 4)
+    observations = jnp.zeros((1, observation_dim))  # (1, O)
+    actions = jnp.zeros((1, action_dim))  # (1, A)
+    actor = TanhGaussianPolicy(config.hidden_dims, action_dim)
+    critic = CriticEnsemble(config.hidden_dims, config.num_critics)
+    temperature = Temperature()
+    critic_params = critic.init(critic_key, observations, actions)
+    adam = optax.adam(config.learning_rate)
+    return AgentState(
+        actor=TrainState.create(
+            apply_fn=actor.apply, params=actor.init(actor_key, observations), tx=adam
+        ),
+        critic=TrainState.create(apply_fn=critic.apply, params=critic_params, tx=adam),
+        temperature=TrainState.create(
+            apply_fn=temperature.apply, params=temperature.init(temperature_key), tx=adam
+        ),
+        target_critic_params=jax.tree.map(jnp.copy, critic_params),
+        key=key,
+    )
+
+
+# ----------------------------------------------------------------------------------------- Losses
+# Each takes first the parameters it differentiates, and returns (loss, metrics).
+
+
+def critic_loss(params, state, batch, key, config):
+    """Soft Bellman error: Q regresses on r + discount * (min Q - temperature * log pi)(s', a')."""
+    policy = state.actor.apply_fn(state.actor.params, batch.next_observations)
+    next_actions, next_log_prob = policy.sample_and_log_prob(seed=key)  # (B, A), (B,)
+    next_q = state.critic.apply_fn(
+        state.target_critic_params, batch.next_observations, next_actions
+    )  # (N, B)
+    temperature = state.temperature.apply_fn(state.temperature.params)  # ()
+    next_v = next_q.min(axis=0) - temperature * next_log_prob  # (B,)
+    target_q = batch.rewards + config.discount * batch.masks * next_v  # (B,)
+    q = state.critic.apply_fn(params, batch.observations, batch.actions)  # (N, B)
+    loss = ((q - target_q[None]) ** 2).mean(axis=1).sum()
+    return loss, {"critic_loss": loss, "q": q.mean()}
+
+
+def actor_loss(params, state, batch, key, config):
+    """The policy ascends min Q and its entropy, through one reparameterised action."""
+    policy = state.actor.apply_fn(params, batch.observations)
+    actions, log_prob = policy.sample_and_log_prob(seed=key)  # (B, A), (B,)
+    q = state.critic.apply_fn(state.critic.params, batch.observations, actions)  # (N, B)
+    temperature = state.temperature.apply_fn(state.temperature.params)  # ()
+    loss = (temperature * log_prob - q.min(axis=0)).mean()
+    return loss, {"actor_loss": loss, "entropy": -log_prob.mean()}
+
+
+def temperature_loss(params, state, entropy, action_dim, config):
+    """The temperature rises while the entropy is below its target, and falls above it."""
+    temperature = state.temperature.apply_fn(params)  # ()
+    target_entropy = config.entropy_per_action * action_dim
+    loss = temperature * (entropy - target_entropy)
+    return loss, {"temperature_loss": loss, "temperature": temperature}
+
+
+# ----------------------------------------------------------------------------------------- Update
+
+
+def gradient_step(train_state, loss_fn, *args):
+    """One optimiser step on `loss_fn(params, *args) -> (loss, metrics)`."""
+    grads, info = jax.grad(loss_fn, has_aux=True)(train_state.params, *args)
+    return train_state.apply_gradients(grads=grads), info
+
+
+def update_step(state, batch, config):
+    """One update: Q, pi (against the new Q), temperature (at the policy's entropy), target Q."""
+    key, critic_key, actor_key = jax.random.split(state.key, 3)
+    critic, critic_info = gradient_step(state.critic, critic_loss, state, batch, critic_key, config)
+    state = state.replace(critic=critic, key=key)
+    actor, actor_info = gradient_step(state.actor, actor_loss, state, batch, actor_key, config)
+    temperature, temperature_info = gradient_step(
+        state.temperature, temperature_loss, state, actor_info["entropy"], batch.actions.shape[-1], config
+    )
+    target = optax.incremental_update(critic.params, state.target_critic_params, config.tau)
+    state = state.replace(actor=actor, temperature=temperature, target_critic_params=target)
+    return state, critic_info | actor_info | temperature_info
+
+
+def online_batch(dataset, buffer, key, batch_size):
+    """What the online updates learn from: the replay buffer."""
+    return sample(buffer.rows, buffer.size, key, batch_size)
+
+
+def sample_action(state, observation, key):
+    """The training policy's action (A,) in one observation (O,); uniform before any update."""
+    policy = state.actor.apply_fn(state.actor.params, observation[None])
+    action = policy.sample(seed=key)[0]  # (A,)
+    uniform = jax.random.uniform(key, action.shape, minval=-1.0, maxval=1.0)  # (A,)
+    return jnp.where(state.critic.step == 0, uniform, action)
+
+
+def mode_actions(state, observations):
+    """The deterministic policy's actions (B, A) in observations (B, O), for evaluation."""
+    policy = state.actor.apply_fn(state.actor.params, observations)
+    return jnp.tanh(policy.distribution.mean())  # a squashed Gaussian has no `mode` in distrax
+
+
+# ==================================== The same bytes in every script from here to main ============
+# ------------------------------------------------------------------------------------------- Data
+
+
+@flax.struct.dataclass
+class Batch:
+    """Transitions as the agent sees them. `masks` is 0 only on a true termination, where no
+    future reward exists; at a time limit it is 1."""
+
+    observations: jax.Array  # (B, O)
+    actions: jax.Array  # (B, A)
+    rewards: jax.Array  # (B,)
+    next_observations: jax.Array  # (B, O)
+    masks: jax.Array  # (B,)
+
+
+def fail(message, code=2):
+    """End the program with one line on stderr. Codes: 2 input refused, 3 not finite, 4 disk."""
+    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def environment_spec(path, env_id):
+    """Specification (JSON) of the environment that goes with the dataset at `path`.
+
+    Of a Minari dataset its evaluation environment, where it has one: that is what is trained in.
+    """
+    try:
+        if env_id is not None:
+            if env_id not in gym.registry and importlib.util.find_spec("gymnasium_robotics"):
+                import gymnasium_robotics
+
+                gym.register_envs(gymnasium_robotics)
+            return gym.make(env_id).spec.to_json()
+        if path.is_file():
+            fail(f"--dataset {path}: a flat file does not name its environment, add --env-id ID")
+        return minari.MinariDataset(path).recover_environment(eval_env=True).spec.to_json()
+    except (gym.error.Error, ImportError, ValueError, OSError) as error:
+        hint = "; pip install gymnasium-robotics" if "robotics" in str(error) else ""
+        fail(f"--dataset {path}: no environment: {' '.join(str(error).split())}{hint}")
+
+
+def make_env(spec, render_mode=None):
+    """The environment of a specification (JSON); dict observations flattened in sorted order."""
+    env = gym.make(gym.envs.registration.EnvSpec.from_json(spec), render_mode=render_mode)
+    if isinstance(env.observation_space, gym.spaces.Dict):
+        env = gym.wrappers.FlattenObservation(env)
+    return env
+
+
+def check_spaces(observation_space, action_space, name):
+    """Refuse what these scripts cannot learn from: pixels, discrete actions."""
+    if not isinstance(action_space, gym.spaces.Box) or len(action_space.shape) != 1:
+        fail(f"{name}: actions are {action_space}; only continuous vectors are supported")
+    flat = gym.spaces.utils.flatten_space(observation_space)
+    dtype = getattr(observation_space, "dtype", None)
+    if not isinstance(flat, gym.spaces.Box) or dtype == np.uint8:
+        fail(f"{name}: observations are {observation_space}; only vectors are supported, no images")
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+    """Between the data's and environment's units and the agent's. One object serves dataset,
+    online data and evaluation, and is part of the checkpoint."""
+
+    observation_mean: np.ndarray  # (O,)
+    observation_std: np.ndarray  # (O,)
+    action_center: np.ndarray  # (A,)
+    action_scale: np.ndarray  # (A,)
+    reward_scale: np.ndarray  # ()
+    reward_shift: np.ndarray  # ()
+
+    def observations(self, x):
+        return ((x - self.observation_mean) / self.observation_std).astype(np.float32)
+
+    def rewards(self, x):
+        return (np.asarray(x) * self.reward_scale + self.reward_shift).astype(np.float32)
+
+    def actions(self, x):
+        """Data -> agent, a hair inside [-1, 1], where a squashed policy's density is finite."""
+        scaled = (x - self.action_center) / self.action_scale
+        return np.clip(scaled, -1 + 1e-5, 1 - 1e-5).astype(np.float32)
+
+    def environment_actions(self, x):
+        """Agent -> environment."""
+        return (x * self.action_scale + self.action_center).astype(np.float32)
+
+
+# ---------------------------------------------------------------------------------- Replay buffer
+
+
+@flax.struct.dataclass
+class ReplayBuffer:
+    """A ring of transitions on the device: `rows` (C, ...), of which `size` are filled."""
+
+    rows: Batch
+    size: jax.Array
+    position: jax.Array  # where the next transition goes
+
+
+def empty_buffers(num_seeds, capacity, observation_dim, action_dim):
+    """A buffer per seed, on the host: rows (S, C, ...)."""
+    observations = np.zeros((num_seeds, capacity, observation_dim), np.float32)
+    actions = np.zeros((num_seeds, capacity, action_dim), np.float32)
+    scalars, counts = np.zeros((num_seeds, capacity), np.float32), np.zeros(num_seeds, np.int32)
+    rows = Batch(observations, actions, scalars, observations, scalars)
+    return ReplayBuffer(rows, counts, counts)
+
+
+def insert(buffer, transition):
+    """The buffer with one transition more, the oldest overwritten when it is full."""
+    capacity = buffer.rows.rewards.shape[0]
+    rows = jax.tree.map(lambda x, new: x.at[buffer.position].set(new), buffer.rows, transition)
+    size = jnp.minimum(buffer.size + 1, capacity)
+    return ReplayBuffer(rows, size, (buffer.position + 1) % capacity)
+
+
+def sample(rows, size, key, batch_size):
+    """`batch_size` transitions, uniform with replacement over the first `size` rows."""
+    indices = jax.random.randint(key, (batch_size,), 0, size)  # (B,)
+    return jax.tree.map(lambda x: x[indices], rows)
+
+
+# ---------------------------------------------------------------------------------- Training steps
+
+
+def for_each_seed(function, *arguments):
+    """`function` over the leading axis, the seeds of one device: side by side on an accelerator,
+    one after the other on a CPU, where batching the small matmuls halves their speed."""
+    if jax.default_backend() == "cpu":
+        return jax.lax.map(lambda xs: function(*xs), arguments)
+    return jax.vmap(function)(*arguments)
+
+
+@partial(jax.jit, static_argnames=("config", "learn"), donate_argnames=("state", "buffer"))
+def online_step(state, buffer, transition, observations, dataset, config, learn):
+    """Insert one transition (S, ...) per seed, update every agent `utd_ratio` times (or, without
+    `learn`, not at all), choose the actions (S, A) in `observations` (S, O).
+
+    `state` and `buffer` are donated: use the returned ones.
+    """
+    buffer, info = jax.vmap(insert)(buffer, transition), {}
+    if learn:
+        state, info = update_online(state, buffer, dataset, config)
+    actions, key = act(state, observations)
+    return state.replace(key=key), buffer, actions, info
+
+
+def update_online(state, buffer, dataset, config):
+    """`utd_ratio` updates of every seed, each on a batch of its own."""
+    keys = jax.vmap(partial(jax.random.split, num=2))(state.key)  # (S, 2, 2)
+    draw = partial(online_batch, batch_size=config.utd_ratio * config.batch_size)
+    batch = jax.vmap(draw, in_axes=(None, 0, 0))(dataset, buffer, keys[:, 1])
+    shape = (len(keys), config.utd_ratio, config.batch_size)
+    batches = jax.tree.map(lambda x: x.reshape(*shape, *x.shape[2:]), batch)  # (S, U, B, ...)
+
+    def one_seed(state, batches):
+        state, info = jax.lax.scan(partial(update_step, config=config), state, batches)
+        return state, jax.tree.map(jnp.mean, info)
+
+    return for_each_seed(one_seed, state.replace(key=keys[:, 0]), batches)
+
+
+@jax.jit
+def act(state, observations):
+    """The training policy's actions (S, A) in observations (S, O), and the next keys (S, 2)."""
+    keys = jax.vmap(partial(jax.random.split, num=2))(state.key)  # (S, 2, 2)
+    return jax.vmap(sample_action)(state, observations, keys[:, 1]), keys[:, 0]
+
+
+@jax.jit
+def act_deterministically(state, observations):
+    """The evaluated policy's actions (S, E, A) in observations (S, E, O)."""
+    return jax.vmap(mode_actions)(state, observations)
+
+
+# ------------------------------------------------------------------------------ Seeds and devices
+# A shard is what one device holds of the seeds; shards[d] has a leading axis of S / D seeds. Each
+# device is given its own calls: they run side by side because dispatch returns at once.
+
+
+def use_all_cores(num_seeds):
+    """Before jax starts: one virtual CPU device per core, as far as they divide the seeds."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    jax.config.update("jax_num_cpu_devices", max(d for d in range(1, cores + 1) if num_seeds % d == 0))
+
+
+def seed_devices(num_seeds):
+    """The devices that the seeds are spread over: as many as divide their number."""
+    devices = jax.devices()
+    return devices[: max(d for d in range(1, len(devices) + 1) if num_seeds % d == 0)]
+
+
+def split(tree, devices):
+    """(S, ...) arrays -> a list with every device's part of the seeds."""
+    leaves, structure = jax.tree.flatten(tree)
+    parts = zip(*[x.reshape(len(devices), -1, *x.shape[1:]) for x in leaves], strict=True)
+    return [jax.tree.unflatten(structure, part) for part in parts]
+
+
+def to_devices(tree, devices):
+    """(S, ...) arrays -> one shard on each device."""
+    parts = zip(split(tree, devices), devices, strict=True)
+    return [jax.device_put(part, device) for part, device in parts]
+
+
+def to_host(shards):
+    """Shards -> NumPy arrays (S, ...)."""
+    return jax.tree.map(lambda *xs: np.concatenate(xs), *jax.device_get(shards))
+
+
+def on_every_device(function, *shards):
+    """`function` on every device's shard of the arguments; a list of shards per result."""
+    results = [function(*arguments) for arguments in zip(*shards, strict=True)]
+    return [list(result) for result in zip(*results, strict=True)]
+
+
+# ------------------------------------------------------------------------------------ Environments
+
+
+def episode_seed(stream, seed, episode):
+    """Reset seed of one episode; every episode has its own, so that any can be played again.
+    `stream` keeps training (0), evaluation (1) and film (2) apart."""
+    return int(np.random.SeedSequence((stream, seed, episode)).generate_state(1)[0])
+
+
+@dataclasses.dataclass
+class Rollout:
+    """The training environments, one per seed, between two steps."""
+
+    envs: list
+    observations: np.ndarray  # (S, O), in the environments' units
+    actions: np.ndarray  # (S, A), the agents' next ones
+    episodes: np.ndarray  # (S,), episodes finished so far
+    played: list  # per seed: the actions since the last reset
+    finished: list  # (seed index, return, length) of the episodes finished since the last log
+
+
+def start_rollout(run, saved=None):
+    """Reset the training environments; with the arrays of a checkpoint play the interrupted
+    episodes again, which brings a deterministic simulator back to its state, bit for bit."""
+    seeds = range(run.config.num_seeds)
+    envs = [gym.wrappers.RecordEpisodeStatistics(make_env(run.spec)) for _ in seeds]
+    episodes = saved["rollout/episodes"] if saved else np.zeros(len(envs), int)
+    played = [list(saved[f"rollout/played/{i}"]) if saved else [] for i in seeds]
+    observations = []
+    for i, env in enumerate(envs):
+        observation, _ = env.reset(seed=episode_seed(0, run.config.seed + i, int(episodes[i])))
+        for action in played[i]:
+            observation, *_ = env.step(run.transform.environment_actions(action))
+        observations.append(observation)
+    observations = np.array(observations, np.float64)  # (S, O)
+    return Rollout(envs, observations, saved and saved["rollout/actions"], episodes, played, [])
+
+
+def step_rollout(run):
+    """Step every environment with the agents' next actions; ended ones are reset.
+
+    Returns the transitions, a Batch (S, ...); a next observation is the one before a reset.
+    """
+    rollout, seeds = run.rollout, range(run.config.num_seeds)
+    before, next_observations = rollout.observations.copy(), rollout.observations.copy()  # (S, O)
+    rewards, terminated = np.zeros(len(seeds)), np.zeros(len(seeds), bool)  # (S,)
+    for i in seeds:
+        action = run.transform.environment_actions(rollout.actions[i])
+        observation, rewards[i], terminated[i], truncated, info = rollout.envs[i].step(action)
+        rollout.played[i].append(rollout.actions[i])
+        next_observations[i] = rollout.observations[i] = observation
+        if terminated[i] or truncated:
+            rollout.finished.append((i, info["episode"]["r"], info["episode"]["l"]))
+            rollout.episodes[i] += 1
+            rollout.played[i] = []
+            seed = episode_seed(0, run.config.seed + i, int(rollout.episodes[i]))
+            rollout.observations[i], _ = rollout.envs[i].reset(seed=seed)
+    return Batch(
+        observations=run.transform.observations(before),
+        actions=rollout.actions,
+        rewards=run.transform.rewards(rewards),
+        next_observations=run.transform.observations(next_observations),
+        masks=1.0 - terminated.astype(np.float32),
+    )
+
+
+def evaluate(run):
+    """Returns and lengths (S, E) of one episode in each of the S * E environments, played side by
+    side by the deterministic policy. Always the same start states; training is not touched."""
+    config, envs, num = run.config, run.eval_envs, len(run.eval_envs)
+    seeds = [(config.seed + i // config.eval_episodes, i % config.eval_episodes) for i in range(num)]
+    starts = [env.reset(seed=episode_seed(1, *s))[0] for env, s in zip(envs, seeds, strict=True)]
+    observations = np.array(starts, np.float64).reshape(config.num_seeds, config.eval_episodes, -1)
+    returns, lengths, playing = np.zeros(num), np.zeros(num, int), np.ones(num, bool)
+    while playing.any():
+        inputs = split(run.transform.observations(observations), run.devices)
+        actions = to_host([act_deterministically(*xs) for xs in zip(run.shards, inputs, strict=True)])
+        actions = run.transform.environment_actions(actions).reshape(num, -1)
+        for i in np.flatnonzero(playing):
+            observation, reward, terminated, truncated, _ = envs[i].step(actions[i])
+            observations.reshape(num, -1)[i] = observation
+            returns[i] += reward
+            lengths[i] += 1
+            playing[i] = not (terminated or truncated)
+    return returns.reshape(config.num_seeds, -1), lengths.reshape(config.num_seeds, -1)
+
+
+REFERENCE_RETURNS = {  # random and expert return, from D4RL (Fu et al. 2020, its infos.py)
+    "HalfCheetah-v4": (-280.178953, 12135.0),
+    "Hopper-v4": (-20.272305, 3234.3),
+    "Walker2d-v4": (1.629008, 4592.3),
+    "Ant-v4": (-325.6, 3879.7),
+    "AdroitHandDoor-v1": (-56.512833, 2880.5693087298737),
+    "AdroitHandHammer-v1": (-274.856578, 12794.134825156867),
+    "AdroitHandPen-v1": (96.262799, 3076.8331017826877),
+    "AdroitHandRelocate-v1": (-6.425911, 4233.877797728884),
+    "FrankaKitchen-v1": (0.0, 4.0),
+}
+
+
+def reference_returns(spec):
+    """(random, expert) return of an environment, and where they are from; NaN where none is known.
+    A sparse maze that ends at its goal has return 1 or 0: its score is the success rate."""
+    spec = json.loads(spec)
+    if "Maze" in spec["id"] and not spec["kwargs"].get("continuing_task", True):
+        return 0.0, 1.0, "success rate in percent"
+    if spec["id"] in REFERENCE_RETURNS:
+        return *REFERENCE_RETURNS[spec["id"]], "D4RL's, 0 random, 100 expert"
+    return np.nan, np.nan, "no reference known, returns are raw"
+
+
+def evaluation_values(run):
+    """The evaluation's columns, each (S,): means over episodes."""
+    returns, lengths = evaluate(run)  # (S, E)
+    random, expert, _ = reference_returns(run.spec)
+    scores = 100.0 * (returns - random) / (expert - random)  # (S, E)
+    return {"return": returns.mean(1), "length": lengths.mean(1), "score": scores.mean(1)}
+
+
+# -------------------------------------------------------------------------------------- Checkpoint
+
+
+def named_arrays(tree, prefix):
+    """{prefix/path/of/leaf: NumPy array} of a tree."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    name = partial(jax.tree_util.keystr, simple=True, separator="/")
+    return {f"{prefix}/{name(path)}": np.asarray(leaf) for path, leaf in leaves}
+
+
+def restore(template, arrays, prefix, path):
+    """A tree like `template` from the named arrays of the checkpoint read from `path`."""
+    leaves, structure = jax.tree.flatten(template)
+    for name, leaf in named_arrays(template, prefix).items():
+        found = arrays[name].shape if name in arrays else "missing"
+        if found != leaf.shape:
+            fail(f"{path}: {name} is {found}, but this run needs {leaf.shape}")
+    return jax.tree.unflatten(structure, [arrays[name] for name in named_arrays(template, prefix)])
+
+
+def save_checkpoint(path, arrays, meta):
+    """Write arrays and meta (JSON) so that a kill at any moment leaves a whole checkpoint: to a
+    temporary file, synced, then renamed; the one before is kept as *.previous.npz."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            np.savez(file, meta=np.frombuffer(json.dumps(meta).encode(), np.uint8), **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            os.replace(path, path.with_suffix(".previous.npz"))
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        fail(f"cannot write {path} ({error.strerror}); the checkpoint before it is whole", code=4)
+
+
+def load_checkpoint(path):
+    """(arrays, meta, path read) of a checkpoint or a run folder. Every byte is checked (the zip's
+    CRC-32); for a damaged or missing file the previous one is taken, with a warning."""
+    path = Path(path) / "checkpoint.npz" if Path(path).is_dir() else Path(path)
+    damage = (OSError, ValueError, KeyError, EOFError, MemoryError, NotImplementedError)
+    for candidate in (path, path.with_suffix(".previous.npz")):
+        try:
+            with np.load(candidate, allow_pickle=False) as file:
+                arrays = {name: file[name] for name in file.files}
+            return arrays, json.loads(arrays.pop("meta").tobytes()), candidate
+        except (*damage, zipfile.BadZipFile, zlib.error) as error:
+            print(f"warning: {candidate}: {type(error).__name__}: {error}", file=sys.stderr)
+    return fail(f"{path}: no readable checkpoint")
+
+
+def save_run(run):
+    """One checkpoint of all that the run needs to go on, bit for bit on a CPU."""
+    arrays = named_arrays(to_host(run.shards), "state")
+    arrays |= named_arrays(dataclasses.asdict(run.transform), "transform")
+    if run.rollout is not None:
+        buffers = to_host(run.buffers)
+        rows = jax.tree.map(lambda x: x[:, : buffers.size.max()], buffers.rows)
+        arrays |= named_arrays(buffers.replace(rows=rows), "buffer")
+        arrays["rollout/actions"] = run.rollout.actions
+        arrays["rollout/episodes"] = run.rollout.episodes
+        for i, played in enumerate(run.rollout.played):
+            arrays[f"rollout/played/{i}"] = np.array(played, np.float32)
+    meta = {"script": Path(__file__).stem, "config": dataclasses.asdict(run.config),
+            "spec": run.spec, "offline": run.offline, "online": run.online, "rows": run.rows}  # fmt: skip
+    save_checkpoint(run.folder / "checkpoint.npz", arrays, meta)
+
+
+def restore_agent(run, source):
+    """Put agent and transform of a checkpoint into `run`; returns the checkpoint."""
+    arrays, meta, found = load_checkpoint(source)
+    if meta["script"] != Path(__file__).stem:
+        fail(f"{found}: a checkpoint of {meta['script']}.py, not of {Path(__file__).name}")
+    state = restore(to_host(run.shards), arrays, "state", found)
+    run.shards = to_devices(state, run.devices)
+    names = [field.name for field in dataclasses.fields(Transform)]
+    run.transform = Transform(**{name: arrays[f"transform/{name}"] for name in names})
+    return arrays, meta, found
+
+
+def resume_run(run):
+    """Go on where the checkpoint in the run's folder left off."""
+    arrays, meta, found = restore_agent(run, run.folder)
+    run.offline, run.online, run.rows = meta["offline"], meta["online"], meta["rows"]
+    if "rollout/actions" in arrays:
+        start_online(run, arrays, found)
+
+
+# ------------------------------------------------------------------------------ Command line, folder
+
+
+def check_config(config):
+    """Refuse numbers out of range before anything is built."""
+    for name, (low, high) in RANGES.items():
+        if not low <= getattr(config, name) <= high:
+            fail(f"--{name.replace('_', '-')} {getattr(config, name)}: must be in [{low}, {high}]")
+    if config.eval_interval % config.log_interval:
+        fail(f"--eval-interval must be a multiple of --log-interval {config.log_interval}")
+
+
+def check_resumed(config, recorded):
+    """Refuse to go on with a run under settings that are not its own."""
+    check_config(config)
+    free = {"resume", "run_dir", "online_steps", "eval_episodes", "video", "wandb"}
+    free |= {"save_dataset", "dataset_steps", "dataset_policy"}
+    names = [field.name for field in dataclasses.fields(Config) if field.name not in free]
+    changed = [name for name in names if getattr(config, name) != getattr(recorded, name)]
+    if changed:
+        fail(f"--resume {config.resume}: that run has another {', '.join(changed)}")
+
+
+def config_from(values):
+    """A Config from its JSON form."""
+    unknown = set(values) ^ {field.name for field in dataclasses.fields(Config)}
+    if unknown:
+        fail(f"configuration of another script or version: {', '.join(sorted(unknown))}")
+    return Config(**values | {"hidden_dims": tuple(values["hidden_dims"])})
+
+
+def parse_config(arguments):
+    """Command line -> (Config, dataset path, environment specification).
+
+    What counts, weakest first: defaults, preset, the record of the run to resume, flags. A
+    resumed run may only change what is no part of its past.
+    """
+    parse = partial(tyro.cli, Config, args=arguments, description=__doc__)
+    config = parse()
+    if config.eval_only:
+        _, meta, _ = load_checkpoint(config.eval_only)
+        default = dataclasses.replace(config_from(meta["config"]), eval_only=config.eval_only)
+        return parse(default=default), None, meta["spec"]
+    recorded = Path(config.resume or "", "config.json")
+    if config.resume and recorded.is_file():
+        default = config_from(json.loads(recorded.read_text()))
+        config = parse(default=default)
+        check_resumed(config, default)
+        return config, *locate(config)[:2]
+    check_config(config)
+    path, spec, auto = locate(config)
+    preset = auto if config.preset == "auto" else config.preset
+    if preset not in PRESETS:
+        fail(f"--preset {preset}: must be auto or one of {', '.join(PRESETS)}")
+    config = parse(default=dataclasses.replace(Config(), **PRESETS[preset]))
+    config = dataclasses.replace(config, preset=preset)
+    check_config(config)
+    return config, path, spec
+
+
+def open_folder(config, dataset):
+    """Make the run's folder with config.json and versions.json; refuse one that holds a run."""
+    script = Path(__file__)
+    name = f"seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
+    data = Path(config.dataset or "default").stem if dataset else config.env_id
+    folder = Path(config.resume or config.run_dir or Path("runs", script.stem, data, name))
+    if (folder / "config.json").exists() and not config.resume:
+        fail(f"--run-dir {folder}: holds a run already; go on with it by --resume {folder}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "config.json").exists():
+            (folder / "versions.json").write_text(json.dumps(versions(script, dataset), indent=2))
+            (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2))
+    except OSError as error:
+        fail(f"--run-dir {folder}: cannot be written ({error.strerror})")
+    return folder
+
+
+def versions(script, dataset):
+    """What makes a run: command, code, data, packages, machine."""
+
+    def git(*words):
+        command = ["git", "-C", str(script.resolve().parent), *words]
+        done = subprocess.run(command, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    def sha256(file):
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+
+    data = dataset / "main_data.hdf5" if dataset and dataset.is_dir() else dataset
+    packages = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
+    return {
+        "command": sys.argv, "script": script.name, "script_sha256": sha256(script),
+        "git_commit": git("rev-parse", "HEAD"), "git_dirty": bool(git("status", "--porcelain")),
+        "dataset": str(dataset), "dataset_sha256": sha256(data) if data else None,
+        "python": platform.python_version(), "machine": platform.platform(),
+        "cores": os.cpu_count(), "device": jax.devices()[0].device_kind,
+        "xla_flags": os.environ.get("XLA_FLAGS"), "packages": packages,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }  # fmt: skip
+
+
+# ----------------------------------------------------------------------------- Metrics and signals
+
+
+COLUMNS = ["phase", "step", "seed", *METRICS, "episode_return", "episode_length", "return",
+           "length", "score", "updates_per_second", "seconds"]  # fmt: skip
+
+
+def open_log(run):
+    """metrics.csv, cut to the rows the checkpoint knows of, or new; progress bar; wandb."""
+    path = run.folder / "metrics.csv"
+    lines = path.read_text().splitlines()[: run.rows + 1] if run.rows else [",".join(COLUMNS)]
+    path.write_text("\n".join(lines) + "\n")
+    total = getattr(run.config, "offline_steps", 0) + run.config.online_steps
+    run.bar = tqdm(total=total, initial=run.offline + run.online, disable=None, smoothing=0.05)
+    if run.config.wandb:
+        try:
+            import wandb
+
+            run.wandb = wandb.init(
+                project="offline-to-online", dir=run.folder, id=run.folder.name, resume="allow",
+                config=dataclasses.asdict(run.config),
+            )  # fmt: skip
+        except Exception as error:  # whatever it is, training goes on without
+            print(f"warning: wandb is off: {type(error).__name__}: {error}", file=sys.stderr)
+
+
+def write_log(run, phase, values):
+    """One row of metrics.csv per seed; `values` are (S,) arrays by column. A metric that is not
+    finite ends the run here, before anything is saved."""
+    step = getattr(run, phase)
+    bad = [name for name in METRICS if not np.isfinite(values.get(name, 0.0)).all()]
+    if bad:
+        fail(f"{phase} step {step}: not finite: {', '.join(bad)}; the last good checkpoint is "
+             f"{run.folder / 'checkpoint.npz'}", code=3)  # fmt: skip
+    try:
+        with open(run.folder / "metrics.csv", "a", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            for i in range(run.config.num_seeds):
+                row = {k: f"{v[i]:.6g}" for k, v in values.items() if np.isfinite(v[i])}
+                writer.writerow({"phase": phase, "step": step, "seed": run.config.seed + i} | row)
+    except OSError as error:
+        fail(f"cannot write metrics.csv ({error.strerror})", code=4)
+    run.rows += run.config.num_seeds
+    means = {name: float(np.mean(value)) for name, value in values.items()}
+    run.bar.set_description(phase, refresh=False)
+    run.shown |= {"updates/s": f"{means['updates_per_second']:.0f}"}
+    if "return" in means:
+        score = f"  score {means['score']:6.1f}" if np.isfinite(means["score"]) else ""
+        tqdm.write(f"{phase:7} {step:>9,}  return {means['return']:8.1f}{score}  "
+                   f"episode length {means['length']:6.1f}")  # fmt: skip
+        run.shown |= {"return": f"{means['return']:.0f}"}
+    run.bar.set_postfix(run.shown, refresh=False)
+    if run.wandb is not None:
+        try:
+            run.wandb.log({f"{phase}/{name}": mean for name, mean in means.items()})
+        except Exception as error:  # whatever it is, training goes on without
+            print(f"warning: wandb is off: {type(error).__name__}: {error}", file=sys.stderr)
+            run.wandb = None
+
+
+def catch_signals():
+    """SIGTERM, SIGUSR1 and Ctrl-C are noted, and answered after the current chunk: save, exit
+    with 128 + the signal's number. A second one kills at once."""
+    received, numbers = [], (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+    def handler(number, frame):
+        received.append(number)
+        for each in numbers:
+            signal.signal(each, signal.SIG_DFL)
+
+    for each in numbers:
+        signal.signal(each, handler)
+    return received
+
+
+def plot_curve(folder):
+    """curve.png: the evaluations of every seed, offline left of the switch, online right of it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    with open(folder / "metrics.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["return"]]
+    column = "score" if rows and rows[0]["score"] else "return"
+    switch = max([int(row["step"]) for row in rows if row["phase"] == "offline"], default=0)
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for seed in dict.fromkeys(row["seed"] for row in rows):
+        mine = [row for row in rows if row["seed"] == seed]
+        steps = [int(row["step"]) + switch * (row["phase"] == "online") for row in mine]
+        axes.plot(steps, [float(row[column]) for row in mine], label=f"seed {seed}")
+    axes.axvline(switch, color="black", ls=":", lw=1)
+    axes.set(xlabel="updates offline | environment steps online", ylabel=column, title=str(folder))
+    axes.legend(frameon=False)
+    figure.savefig(folder / "curve.png", dpi=150)
+    pyplot.close(figure)
+
+
+def film(run, path):
+    """video.mp4: one episode of the first seed's deterministic policy."""
+    try:
+        import imageio.v3
+
+        env = make_env(run.spec, render_mode="rgb_array")
+        observation, _ = env.reset(seed=episode_seed(2, run.config.seed, 0))
+        frames, ended, seeds = [env.render()], False, run.config.num_seeds // len(run.devices)
+        while not ended:
+            x = np.tile(run.transform.observations(observation), (seeds, 1, 1))  # (S / D, 1, O)
+            action = np.asarray(act_deterministically(run.shards[0], x))[0, 0]  # (A,)
+            action = run.transform.environment_actions(action)
+            observation, _, terminated, truncated, _ = env.step(action)
+            frames.append(env.render())
+            ended = terminated or truncated
+        imageio.v3.imwrite(path, np.stack(frames), fps=env.metadata.get("render_fps", 30))
+        print(f"film      {path}")
+    except Exception as error:  # no display driver, no encoder: the run itself is not to blame
+        print(f"warning: no film: {' '.join(str(error).split())}; without a screen MuJoCo needs "
+              "MUJOCO_GL=egl and Debian's libegl1", file=sys.stderr)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------- The run
+
+
+@dataclasses.dataclass
+class Run:
+    """One run: what it is made of, how far it is, and what is shown of it."""
+
+    config: Config
+    spec: str  # the environment's, JSON
+    folder: Path
+    devices: list
+    transform: Transform
+    shards: list  # AgentState per device
+    eval_envs: list
+    datasets: list  # Batch per device, or None
+    offline: int = 0  # updates done
+    online: int = 0  # environment steps done, per seed
+    rows: int = 0  # of metrics.csv
+    buffers: Any = None  # ReplayBuffer per device, once online
+    rollout: Any = None  # Rollout, once online
+    bar: Any = None
+    wandb: Any = None
+    shown: dict = dataclasses.field(default_factory=dict)
+
+
+def create_shards(config, observation_dim, action_dim, devices):
+    """Fresh agents, each from its own seed's key, spread over the devices."""
+    keys = jnp.stack([jax.random.PRNGKey(config.seed + i) for i in range(config.num_seeds)])
+    sizes = {"observation_dim": observation_dim, "action_dim": action_dim}
+    create = partial(create_agent_state, config=config, **sizes)
+    return to_devices(jax.jit(partial(for_each_seed, create))(keys), devices)
+
+
+def start_online(run, saved=None, found=None):
+    """Replay buffers, training environments and first actions: new ones, or a checkpoint's."""
+    sizes = len(run.transform.observation_mean), len(run.transform.action_center)
+    capacity = min(run.config.buffer_size, run.config.online_steps)
+    filled = saved["buffer/rows/rewards"].shape[1] if saved else 0
+    buffers = empty_buffers(run.config.num_seeds, filled, *sizes)
+    if saved:
+        buffers = restore(buffers, saved, "buffer", found)
+    pad = empty_buffers(run.config.num_seeds, capacity - filled, *sizes).rows
+    rows = jax.tree.map(lambda *xs: np.concatenate(xs, axis=1), buffers.rows, pad)
+    run.buffers = to_devices(buffers.replace(rows=rows), run.devices)
+    run.rollout = start_rollout(run, saved)
+    if not saved:
+        observations = split(run.transform.observations(run.rollout.observations), run.devices)
+        actions, keys = on_every_device(act, run.shards, observations)
+        run.shards = [s.replace(key=key) for s, key in zip(run.shards, keys, strict=True)]
+        run.rollout.actions = to_host(actions)
+
+
+def online_chunk(run, num_steps):
+    """`num_steps` environment steps of every seed, each with its updates. Returns the mean
+    metrics, (S,), and the mean return and length of the training episodes that ended."""
+    learn, infos = run.online >= run.config.warmup_steps, []
+    step = partial(online_step, config=run.config, learn=learn)
+    for _ in range(num_steps):
+        transitions = split(step_rollout(run), run.devices)
+        observations = split(run.transform.observations(run.rollout.observations), run.devices)
+        run.shards, run.buffers, actions, info = on_every_device(
+            step, run.shards, run.buffers, transitions, observations, run.datasets
+        )
+        run.rollout.actions = to_host(actions)  # (S, A); waits for the device
+        infos.append(info)
+    values = jax.tree.map(lambda *xs: np.mean(xs, axis=0), *map(to_host, infos))
+    for column, name in ((1, "episode_return"), (2, "episode_length")):
+        ended = [[e[column] for e in run.rollout.finished if e[0] == i] for i in range(len(actions))]
+        values[name] = np.array([np.mean(x) if x else np.nan for x in ended])
+    run.rollout.finished.clear()
+    return values
+
+
+def train(run, phase, chunk, num_steps, received):
+    """Chunk by chunk up to `num_steps`: log, evaluate, save, and answer a signal."""
+    config, per_step = run.config, run.config.utd_ratio if phase == "online" else 1
+    while getattr(run, phase) < num_steps:
+        begin = time.time()
+        size = min(config.log_interval, num_steps - getattr(run, phase))
+        values = chunk(run, size)
+        setattr(run, phase, getattr(run, phase) + size)
+        seconds = time.time() - begin
+        rate = size * per_step * config.num_seeds / seconds
+        values |= {"updates_per_second": np.full(config.num_seeds, rate),
+                   "seconds": np.full(config.num_seeds, seconds)}  # fmt: skip
+        done = getattr(run, phase)
+        evaluated = done % config.eval_interval == 0 or done == num_steps
+        if evaluated:
+            values |= evaluation_values(run)
+        write_log(run, phase, values)
+        run.bar.update(size)
+        if evaluated or received:
+            save_run(run)
+        if received:
+            run.bar.close()
+            name = signal.Signals(received[0]).name
+            print(f"{name}: saved; go on with --resume {run.folder}", file=sys.stderr)
+            raise SystemExit(128 + received[0])
+
+
+def evaluate_checkpoint(config, spec):
+    """--eval-only: the score of a saved agent, and on demand a film of it."""
+    arrays, _, found = load_checkpoint(config.eval_only)
+    sizes = len(arrays["transform/observation_mean"]), len(arrays["transform/action_center"])
+    devices = seed_devices(config.num_seeds)
+    envs = [make_env(spec) for _ in range(config.num_seeds * config.eval_episodes)]
+    shards = create_shards(config, *sizes, devices)
+    run = Run(config, spec, found.parent, devices, None, shards, envs, None)
+    restore_agent(run, found)
+    values = evaluation_values(run)
+    for i in range(config.num_seeds):
+        row = ", ".join(f"{name} {value[i]:.1f}" for name, value in values.items())
+        print(f"seed {config.seed + i}: {row}")
+    if config.video:
+        film(run, found.parent / "video.mp4")
+
+
+
+
+# ---------------------------------------------------------------------------------------- Dataset
+
+
+def locate(config):
+    """No dataset, the environment's specification (JSON), and the preset that `auto` stands for.
+
+    Observations are float32, as the replay buffer and with it the saved dataset hold them.
+    """
+    env = make_env(environment_spec(None, config.env_id))
+    env = gym.wrappers.DtypeObservation(env, "float32")
+    check_spaces(env.observation_space, env.action_space, config.env_id)
+    return None, env.spec.to_json(), "mujoco"
+
+
+def buffer_episodes(run):
+    """The first seed's replay as Minari episodes, in the environment's units. A trajectory ends
+    where the next row does not start in the last one's next observation."""
+    buffer = jax.tree.map(lambda x: x[0], to_host(run.buffers))
+    if run.online > run.config.buffer_size:
+        fail("--save-dataset: the beginning of the replay is overwritten; raise --buffer-size")
+    num_steps = min(run.online, run.config.dataset_steps)
+    rows = jax.tree.map(lambda x: x[:num_steps], buffer.rows)
+    rewards = (rows.rewards - run.transform.reward_shift) / run.transform.reward_scale  # (N,)
+    actions = run.transform.environment_actions(rows.actions)  # (N, A)
+    ends = (rows.next_observations[:-1] != rows.observations[1:]).any(axis=1)  # (N - 1,)
+    for part in np.split(np.arange(len(rewards)), np.flatnonzero(ends) + 1):
+        observations = [rows.observations[part], rows.next_observations[part[-1:]]]
+        terminations = rows.masks[part] == 0
+        truncations = (np.arange(len(part)) == len(part) - 1) & ~terminations
+        yield episode_buffer(np.concatenate(observations), actions[part], rewards[part],
+                             terminations, truncations)  # fmt: skip
+
+
+def episode_buffer(observations, actions, rewards, terminations, truncations):
+    """One Minari episode: observations (T + 1, O), the rest (T, ...)."""
+    return minari.data_collector.EpisodeBuffer(
+        observations=observations, actions=actions, rewards=np.asarray(rewards, np.float32),
+        terminations=terminations, truncations=truncations,
+    )  # fmt: skip
+
+
+def policy_episodes(env, policy, num_steps, seed):
+    """At least `num_steps` steps of `policy(observation (O,), step) -> action (A,)`, as episodes."""
+    steps, episode = 0, 0
+    while steps < num_steps:
+        observation, _ = env.reset(seed=episode_seed(3, seed, episode))
+        observations, rest, ended = [observation], [], False
+        while not ended:
+            action = policy(observation, steps)
+            observation, reward, terminated, truncated, _ = env.step(action)
+            observations.append(observation)
+            rest.append((action, reward, terminated, truncated))
+            ended, steps = terminated or truncated, steps + 1
+        yield episode_buffer(np.array(observations), *map(np.array, zip(*rest, strict=True)))
+        episode += 1
+
+
+def write_dataset(name, episodes, spec, algorithm, description):
+    """Write a Minari dataset with the environment, provenance, versions and reference returns.
+
+    Its HDF5 file is packed afterwards (compressed, small headers): a third of the size.
+    """
+    env, episodes = make_env(spec), list(episodes)
+    uniform = policy_episodes(env, lambda *_: env.action_space.sample(), 10_000, 0)
+    env.action_space.seed(0)
+    random = np.mean([episode.rewards.sum() for episode in uniform])
+    expert = reference_returns(spec)[1]
+    packages = {name: importlib.metadata.version(name) for name in ("gymnasium", "mujoco", "minari")}
+    dataset = minari.create_dataset_from_buffers(
+        name, episodes, env=env, eval_env=env, algorithm_name=algorithm, description=description,
+        author="offline-to-online reference implementations", author_email="none",
+        code_permalink=f"{Path(__file__).name}, git {versions(Path(__file__), None)['git_commit']}",
+        requirements=[f"{name}=={version}" for name, version in packages.items()],
+    )  # fmt: skip
+    known = {"ref_min_score": float(random)} | ({} if np.isnan(expert) else {"ref_max_score": expert})
+    dataset.storage.update_metadata(known)
+    file = Path(dataset.storage.data_path) / "main_data.hdf5"
+    pack(file)
+    returns = np.array([episode.rewards.sum() for episode in episodes])
+    print(f"dataset   {name}: {sum(len(e.rewards) for e in episodes):,} steps, {len(episodes)} "
+          f"episodes, return {returns.mean():.1f} ({returns.min():.1f} ... {returns.max():.1f}), "
+          f"{file.stat().st_size / 1e6:.1f} MB; a random policy's return {random:.1f}")  # fmt: skip
+
+
+def pack(path):
+    """Rewrite an HDF5 file with compressed datasets, checksums and compact groups, in place."""
+    packed = path.with_suffix(".packed")
+    with h5py.File(path, "r") as old, h5py.File(packed, "w", libver="latest") as new:
+        new.attrs.update(old.attrs)
+
+        def copy(name, item):
+            if isinstance(item, h5py.Dataset):
+                options = {"compression": "gzip", "shuffle": True, "fletcher32": True}
+                new.create_dataset(name, data=item[()], **options if item.shape else {})
+            else:
+                new.require_group(name).attrs.update(item.attrs)
+
+        old.visititems(copy)
+    os.replace(packed, path)
+
+
+# -------------------------------------------------------------------------------------------- main
+
+
+def main(arguments=None):
+    config, _, spec = parse_config(arguments)
+    use_all_cores(config.num_seeds)
+    if config.eval_only:
+        evaluate_checkpoint(config, spec)
+        return
+    received = catch_signals()
+    eval_envs = [make_env(spec) for _ in range(config.num_seeds * config.eval_episodes)]
+    folder, devices = open_folder(config, None), seed_devices(config.num_seeds)
+    box = eval_envs[0].action_space
+    sizes = eval_envs[0].observation_space.shape[0], box.shape[0]
+    transform = Transform(
+        np.zeros(sizes[0]), np.ones(sizes[0]), (box.high + box.low) / 2, (box.high - box.low) / 2,
+        np.array(config.reward_scale), np.array(config.reward_shift),
+    )  # fmt: skip
+    shards = create_shards(config, *sizes, devices)
+    run = Run(config, spec, folder, devices, transform, shards, eval_envs, [None] * len(devices))
+    if (folder / "checkpoint.npz").exists():
+        resume_run(run)
+    elif config.init_from:
+        restore_agent(run, config.init_from)
+        run.shards = [s.replace(key=fresh.key) for s, fresh in zip(run.shards, shards, strict=True)]
+    print(f"env       {json.loads(spec)['id']}; score: {reference_returns(spec)[2]}")
+    print(f"run       {folder}", flush=True)
+    open_log(run)
+    if run.rollout is None:
+        start_online(run)
+    train(run, "online", online_chunk, config.online_steps, received)
+    run.bar.close()
+    plot_curve(folder)
+    about = f"seed {config.seed}, {config.online_steps:,} steps; {' '.join(sys.argv)}"
+    if config.save_dataset:
+        write_dataset(config.save_dataset, buffer_episodes(run), spec, "SAC, its replay", about)
+    if config.dataset_policy:
+        num_steps = min(config.online_steps, config.dataset_steps)
+        sampled = policy_episodes(make_env(spec), sampling_policy(run), num_steps, config.seed)
+        write_dataset(config.dataset_policy, sampled, spec, "SAC, final policy, sampled", about)
+    if config.video:
+        film(run, folder / "video.mp4")
+
+
+def sampling_policy(run):
+    """The first seed's final policy as `policy(observation, step) -> action`, with noise."""
+    state = jax.tree.map(lambda x: x[0], run.shards[0])
+    choose = jax.jit(lambda x, step: sample_action(state, x, jax.random.fold_in(state.key, step)))
+
+    def policy(observation, step):
+        action = np.asarray(choose(run.transform.observations(observation), step))
+        return run.transform.environment_actions(action)
+
+    return policy
+
+
+if __name__ == "__main__":
+    main()
