@@ -728,33 +728,34 @@ def update_steps(state, dataset, config, num_steps):
     return for_each_seed(one_seed, state)
 
 
-@partial(jax.jit, static_argnames=("config", "learn"), donate_argnames=("state", "buffer"))
-def online_step(state, buffer, transition, observations, dataset, config, learn):
-    """Insert one transition (S, ...) per seed, update every agent `utd_ratio` times (or, without
-    `learn`, not at all), choose the actions (S, A) in `observations` (S, O).
+@partial(jax.jit, donate_argnames="buffer")
+def insert_transitions(buffer, transitions):
+    """Insert one transition (S, ...) per seed, in place: `buffer` is donated.
 
-    `state` and `buffer` are donated: use the returned ones.
+    A call of its own, because XLA copies the whole buffer where one program writes and reads it.
     """
-    buffer, info = jax.vmap(insert)(buffer, transition), {}
+    return jax.vmap(insert)(buffer, transitions)
+
+
+@partial(jax.jit, static_argnames=("config", "learn"), donate_argnames="state")
+def online_step(state, buffer, observations, dataset, config, learn):
+    """Update every agent `utd_ratio` times (without `learn`: not at all), then choose the actions
+    (S, A) in `observations` (S, O). `state` is donated: use the returned one."""
+    info = {}
     if learn:
-        state, info = update_online(state, buffer, dataset, config)
+        keys = jax.vmap(partial(jax.random.split, num=2))(state.key)  # (S, 2, 2)
+        draw = partial(online_batch, batch_size=config.utd_ratio * config.batch_size)
+        batch = jax.vmap(draw, in_axes=(None, 0, 0))(dataset, buffer, keys[:, 1])
+        shape = (len(keys), config.utd_ratio, config.batch_size)
+        batches = jax.tree.map(lambda x: x.reshape(*shape, *x.shape[2:]), batch)  # (S, U, B, ...)
+
+        def one_seed(state, batches):
+            state, info = jax.lax.scan(partial(update_step, config=config), state, batches)
+            return state, jax.tree.map(jnp.mean, info)
+
+        state, info = for_each_seed(one_seed, state.replace(key=keys[:, 0]), batches)
     actions, key = act(state, observations)
-    return state.replace(key=key), buffer, actions, info
-
-
-def update_online(state, buffer, dataset, config):
-    """`utd_ratio` updates of every seed, each on a batch of its own."""
-    keys = jax.vmap(partial(jax.random.split, num=2))(state.key)  # (S, 2, 2)
-    draw = partial(online_batch, batch_size=config.utd_ratio * config.batch_size)
-    batch = jax.vmap(draw, in_axes=(None, 0, 0))(dataset, buffer, keys[:, 1])
-    shape = (len(keys), config.utd_ratio, config.batch_size)
-    batches = jax.tree.map(lambda x: x.reshape(*shape, *x.shape[2:]), batch)  # (S, U, B, ...)
-
-    def one_seed(state, batches):
-        state, info = jax.lax.scan(partial(update_step, config=config), state, batches)
-        return state, jax.tree.map(jnp.mean, info)
-
-    return for_each_seed(one_seed, state.replace(key=keys[:, 0]), batches)
+    return state.replace(key=key), actions, info
 
 
 @jax.jit
@@ -806,7 +807,7 @@ def to_host(shards):
 
 
 def on_every_device(function, *shards):
-    """`function` on every device's shard of the arguments; a list of shards per result."""
+    """`function(*shards)` on every device; for each of its results, the list of shards."""
     results = [function(*arguments) for arguments in zip(*shards, strict=True)]
     return [list(result) for result in zip(*results, strict=True)]
 
@@ -1321,9 +1322,9 @@ def online_chunk(run, num_steps):
     for _ in range(num_steps):
         transitions = split(step_rollout(run), run.devices)
         observations = split(run.transform.observations(run.rollout.observations), run.devices)
-        run.shards, run.buffers, actions, info = on_every_device(
-            step, run.shards, run.buffers, transitions, observations, run.datasets
-        )
+        run.buffers = list(map(insert_transitions, run.buffers, transitions))
+        inputs = run.shards, run.buffers, observations, run.datasets
+        run.shards, actions, info = on_every_device(step, *inputs)
         run.rollout.actions = to_host(actions)  # (S, A); waits for the device
         infos.append(info)
     values = jax.tree.map(lambda *xs: np.mean(xs, axis=0), *map(to_host, infos))
