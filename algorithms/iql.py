@@ -144,7 +144,7 @@ PRESETS["default"] = PRESETS["mujoco"] | dict(
 PRESETS["smoke"] = PRESETS["mujoco"] | dict(
     offline_steps=200, online_steps=200, eval_interval=100, eval_episodes=1, log_interval=50,
     batch_size=32, hidden_dims=(32, 32),
-)  # fmt: skip
+)
 
 RANGES = {  # smallest and largest accepted value
     "num_seeds": (1, 4096), "offline_steps": (0, 10**9), "online_steps": (0, 10**9),
@@ -152,7 +152,7 @@ RANGES = {  # smallest and largest accepted value
     "batch_size": (1, 10**6), "discount": (0.0, 1.0), "tau": (0.0, 1.0), "utd_ratio": (1, 1000),
     "learning_rate": (0.0, 1.0), "expectile": (0.0, 1.0), "beta": (0.0, 1e6),
     "num_critics": (1, 100), "dropout_rate": (0.0, 0.99), "seed": (0, 2**31 - 1),
-}  # fmt: skip
+}
 
 METRICS = {  # every column of metrics.csv that is the algorithm's own, with its healthy range
     "value_loss": "expectile loss of V (transformed reward units squared); falls, then flat",
@@ -402,6 +402,19 @@ def fail(message, code=2):
     raise SystemExit(code)
 
 
+KNOWN_DATASETS = """D4RL/antmaze/*-v1: umaze umaze-diverse medium-play medium-diverse large-play
+D4RL/antmaze/*-v1: large-diverse
+D4RL/door/*-v2: human cloned expert
+D4RL/hammer/*-v2: human cloned expert
+D4RL/kitchen/*-v2: complete partial mixed
+D4RL/pen/*-v2: human cloned expert
+D4RL/pointmaze/*-v2: umaze open medium large
+D4RL/relocate/*-v2: human cloned expert
+mujoco/*/expert-v0: ant halfcheetah hopper humanoid swimmer walker2d
+mujoco/*/medium-v0: ant halfcheetah hopper humanoid swimmer walker2d
+mujoco/*/simple-v0: ant halfcheetah hopper humanoid swimmer walker2d"""
+
+
 def find_dataset(name):
     """Path of a dataset: a flat file, or the data folder of a Minari dataset, local or fetched.
 
@@ -420,28 +433,21 @@ def find_dataset(name):
             return folder
         if (folder / "data" / "metadata.json").is_file():
             return folder / "data"
-    robots = "hopper halfcheetah walker2d ant humanoid swimmer reacher pusher invertedpendulum"
-    known = [f"mujoco/{r}/{level}-v0" for r in robots.split() for level in ("medium", "expert")]
-    for task in ("door", "hammer", "pen", "relocate"):
-        known += [f"D4RL/{task}/{kind}-v2" for kind in ("human", "cloned", "expert")]
-    known += [f"D4RL/kitchen/{kind}-v2" for kind in ("complete", "partial", "mixed")]
-    mazes = ("umaze", "umaze-diverse", "medium-play", "medium-diverse", "large-play")
-    known += [f"D4RL/antmaze/{maze}-v1" for maze in (*mazes, "large-diverse")]
-    known += [f"D4RL/pointmaze/{maze}-v2" for maze in ("umaze", "open", "medium", "large")]
-    if name in known:
-        print(f"{name}: downloading from Minari", flush=True)
-        try:
-            minari.download_dataset(name, force_download=True)
-            return local / name / "data"
-        except Exception as error:  # any network, registry or disk trouble: all mean "not here"
-            fail(f"{name} cannot be fetched ({type(error).__name__}): download it where there is a "
-                 f"network (`minari download {name}`) and copy it to {local}, or name a file "
-                 "with --dataset FILE --env-id ID")  # fmt: skip
-    here = [str(p.parent.parent.relative_to(root)) for root in (embedded, local)
-            for p in root.glob("**/data/metadata.json")]  # fmt: skip
-    near = difflib.get_close_matches(name, sorted({*here, *known}), n=3, cutoff=0.0)
-    fail(f"--dataset {name}: unknown; nearest: {', '.join(near)}. Any other Minari dataset: "
-         f"first `minari download {name}`")  # fmt: skip
+    groups = (group.partition(": ") for group in KNOWN_DATASETS.splitlines())
+    known = [form.replace("*", word) for form, _, words in groups for word in words.split()]
+    if name not in known:
+        here = [str(p.parent.parent.relative_to(root)) for root in (embedded, local)
+                for p in root.glob("**/data/metadata.json")]
+        near = difflib.get_close_matches(name, sorted({*here, *known}), n=3, cutoff=0.0)
+        fail(f"--dataset {name}: unknown; nearest: {', '.join(near)}. For any other Minari dataset "
+             f"first `minari download {name}`")
+    print(f"{name}: downloading from Minari", flush=True)
+    try:
+        minari.download_dataset(name, force_download=True)
+    except Exception as error:  # network, registry or disk: whatever it is, the data is not here
+        fail(f"{name} cannot be fetched ({type(error).__name__}); `minari download {name}` where "
+             f"there is a network, copy it to {local}; or --dataset FILE --env-id ID")
+    return local / name / "data"
 
 
 def environment_spec(path, env_id):
@@ -461,7 +467,7 @@ def environment_spec(path, env_id):
         return minari.MinariDataset(path).recover_environment(eval_env=True).spec.to_json()
     except (gym.error.Error, ImportError, ValueError, OSError) as error:
         hint = "; pip install gymnasium-robotics" if "robotics" in str(error) else ""
-        fail(f"--dataset {path}: no environment: {' '.join(str(error).split())}{hint}")
+        return fail(f"no environment: {' '.join(str(error).split())}{hint}")
 
 
 def make_env(spec, render_mode=None):
@@ -474,8 +480,9 @@ def make_env(spec, render_mode=None):
 
 def check_spaces(observation_space, action_space, name):
     """Refuse what these scripts cannot learn from: pixels, discrete actions."""
-    if not isinstance(action_space, gym.spaces.Box) or len(action_space.shape) != 1:
-        fail(f"{name}: actions are {action_space}; only continuous vectors are supported")
+    box = isinstance(action_space, gym.spaces.Box) and len(action_space.shape) == 1
+    if not box or not np.isfinite([action_space.low, action_space.high]).all():
+        fail(f"{name}: actions are {action_space}; only bounded vectors are supported")
     flat = gym.spaces.utils.flatten_space(observation_space)
     dtype = getattr(observation_space, "dtype", None)
     if not isinstance(flat, gym.spaces.Box) or dtype == np.uint8:
@@ -494,34 +501,36 @@ def read_minari(path):
     """A Minari dataset as flat arrays, see read_dataset."""
     dataset = minari.MinariDataset(path)
     check_spaces(dataset.observation_space, dataset.action_space, path)
-    columns = {name: [] for name in
-               ("observations", "actions", "rewards", "next_observations", "terminals", "ends")}  # fmt: skip
+    parts = []
     for episode in dataset.iterate_episodes():
         observations = flatten_observations(episode.observations)  # (T + 1, O)
-        steps = len(episode.rewards)
-        for field, length in (("observations", len(observations) - 1), *(
-            (name, len(getattr(episode, name))) for name in ("actions", "terminations"))):  # fmt: skip
-            if length != steps:
-                fail(f"{path}: episode {episode.id}: {steps} rewards, but {field} for {length}")
-        columns["observations"].append(observations[:-1])
-        columns["next_observations"].append(observations[1:])
-        columns["actions"].append(np.asarray(episode.actions, np.float32))
-        columns["rewards"].append(np.asarray(episode.rewards, np.float64))
-        columns["terminals"].append(np.asarray(episode.terminations, bool))
-        columns["ends"].append(np.arange(steps) == steps - 1)
-    arrays = {name: np.concatenate(parts) for name, parts in columns.items()}
-    return arrays | {"keep": np.ones(len(arrays["rewards"]), bool)}
+        fields = {
+            "observations": observations[:-1], "next_observations": observations[1:],
+            "actions": np.asarray(episode.actions, np.float32),
+            "rewards": np.asarray(episode.rewards, np.float64),
+            "terminals": np.asarray(episode.terminations, bool),
+        }
+        steps = len(fields["rewards"])
+        for name, rows in fields.items():
+            if len(rows) != steps:
+                fail(f"{path}: episode {episode.id}: {steps} rewards, but {name} for {len(rows)}")
+        last = np.arange(steps) == steps - 1
+        parts.append(fields | {"ends": fields["terminals"] | last, "keep": np.ones(steps, bool)})
+    if not parts:
+        fail(f"{path}: no episodes")
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def read_flat_file(path):
     """A .npz or .hdf5 file with D4RL's keys as flat arrays, see read_dataset."""
     with np.load(path) if path.suffix == ".npz" else h5py.File(path, "r") as file:
         fields = {name: file[name][()] for name in file if hasattr(file[name], "shape")}
-    for name in ("observations", "actions", "rewards", "terminals"):
-        if name not in fields:
-            fail(f"{path}: no field {name!r}; it has {', '.join(sorted(fields))}")
-        if len(fields[name]) != len(fields["rewards"]):
-            fail(f"{path}: {len(fields['rewards'])} rewards, but {name} for {len(fields[name])}")
+    needed = {"observations", "actions", "rewards", "terminals"}
+    if not needed <= set(fields):
+        fail(f"{path}: no {', '.join(sorted(needed - set(fields)))}; D4RL's keys are needed")
+    for name in sorted({*needed, "timeouts", "next_observations"} & set(fields)):
+        if fields[name].shape[:1] != fields["rewards"].shape[:1]:
+            fail(f"{path}: {name} {fields[name].shape}, but rewards {fields['rewards'].shape}")
     observations = np.asarray(fields["observations"], np.float32)
     terminals = np.asarray(fields["terminals"], bool).reshape(-1)
     ends = terminals | np.asarray(fields.get("timeouts", terminals), bool).reshape(-1)
@@ -541,7 +550,7 @@ def read_flat_file(path):
         "observations": observations, "actions": np.asarray(fields["actions"], np.float32),
         "rewards": np.asarray(fields["rewards"], np.float64).reshape(-1),
         "next_observations": next_observations, "terminals": terminals, "ends": ends, "keep": known,
-    }  # fmt: skip
+    }
 
 
 def read_dataset(path):
@@ -552,8 +561,9 @@ def read_dataset(path):
     try:
         return read_flat_file(path) if path.is_file() else read_minari(path)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        fail(f"{path}: unreadable: {' '.join(str(error).split())}. Damaged or cut off; fetch it "
-             "again (Minari: download_dataset(id, force_download=True))")  # fmt: skip
+        fault = " ".join(str(error).split())
+        return fail(f"{path}: unreadable ({fault}): damaged or cut off? Fetch it again, from Minari "
+                    "by minari.download_dataset(id, force_download=True)")
 
 
 def check_dataset(arrays, env, path):
@@ -562,18 +572,18 @@ def check_dataset(arrays, env, path):
         fail(f"{path}: empty")
     for name in ("observations", "actions", "rewards", "next_observations"):
         bad = ~np.isfinite(arrays[name]).reshape(len(arrays[name]), -1).all(axis=1)
-        bad &= arrays["keep"]
         if bad.any():
-            fail(f"{path}: {name} has {bad.sum()} rows that are not finite, first row {bad.argmax()}")
+            fail(f"{path}: {name}: {bad.sum()} rows are not finite, the first is {bad.argmax()}")
     check_spaces(env.observation_space, env.action_space, env.spec.id)
     for name, space in (("observations", env.observation_space), ("actions", env.action_space)):
         if arrays[name].shape[1:] != space.shape:
-            fail(f"{path}: {name} are {arrays[name].shape[1:]}, but {env.spec.id} has {space.shape}")
-    low, high = np.minimum(env.action_space.low, -1), np.maximum(env.action_space.high, 1)
-    outside = ((arrays["actions"] < low - 1e-3) | (arrays["actions"] > high + 1e-3)).any(axis=1)
+            shape = arrays[name].shape[1:]
+            fail(f"{path}: {name} have shape {shape}, but {env.spec.id}'s {space.shape}")
+    low, high = env.action_space.low - 1e-3, env.action_space.high + 1e-3
+    outside = ((arrays["actions"] < low) | (arrays["actions"] > high)).any(axis=1)
     if outside.any():
-        fail(f"{path}: {outside.sum()} actions outside the box of {env.spec.id}, first row "
-             f"{outside.argmax()}")  # fmt: skip
+        fail(f"{path}: {outside.sum()} actions outside {env.spec.id}'s box, the first in row "
+             f"{outside.argmax()}")
 
 
 def discounted_returns(rewards, ends, discount):
@@ -629,7 +639,8 @@ def fit_transform(arrays, action_space, config):
     if config.normalize_returns:
         returns = episode_returns(arrays)
         reward_scale *= 1000.0 / max(returns.max() - returns.min(), 1e-6)
-    return Transform(mean, std, center, scale, np.array(reward_scale), np.array(config.reward_shift))
+    rewards = np.array(reward_scale), np.array(config.reward_shift)
+    return Transform(mean, std, center, scale, *rewards)
 
 
 def episode_returns(arrays):
@@ -779,7 +790,8 @@ def act_deterministically(state, observations):
 def use_all_cores(num_seeds):
     """Before jax starts: one virtual CPU device per core, as far as they divide the seeds."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    jax.config.update("jax_num_cpu_devices", max(d for d in range(1, cores + 1) if num_seeds % d == 0))
+    divisors = [d for d in range(1, cores + 1) if num_seeds % d == 0]
+    jax.config.update("jax_num_cpu_devices", max(divisors))
 
 
 def seed_devices(num_seeds):
@@ -881,22 +893,23 @@ def step_rollout(run):
 def evaluate(run):
     """Returns and lengths (S, E) of one episode in each of the S * E environments, played side by
     side by the deterministic policy. Always the same start states; training is not touched."""
-    config, envs, num = run.config, run.eval_envs, len(run.eval_envs)
-    seeds = [(config.seed + i // config.eval_episodes, i % config.eval_episodes) for i in range(num)]
-    starts = [env.reset(seed=episode_seed(1, *s))[0] for env, s in zip(envs, seeds, strict=True)]
-    observations = np.array(starts, np.float64).reshape(config.num_seeds, config.eval_episodes, -1)
-    returns, lengths, playing = np.zeros(num), np.zeros(num, int), np.ones(num, bool)
+    shape = run.config.num_seeds, run.config.eval_episodes
+    observations = np.zeros((*shape, *run.eval_envs[0].observation_space.shape))  # (S, E, O)
+    returns, lengths, playing = np.zeros(shape), np.zeros(shape, int), np.ones(shape, bool)
+    envs = np.array(run.eval_envs, object).reshape(shape)
+    for i, j in np.ndindex(*shape):
+        observations[i, j], _ = envs[i, j].reset(seed=episode_seed(1, run.config.seed + i, j))
     while playing.any():
         inputs = split(run.transform.observations(observations), run.devices)
-        actions = to_host([act_deterministically(*xs) for xs in zip(run.shards, inputs, strict=True)])
-        actions = run.transform.environment_actions(actions).reshape(num, -1)
-        for i in np.flatnonzero(playing):
-            observation, reward, terminated, truncated, _ = envs[i].step(actions[i])
-            observations.reshape(num, -1)[i] = observation
-            returns[i] += reward
-            lengths[i] += 1
-            playing[i] = not (terminated or truncated)
-    return returns.reshape(config.num_seeds, -1), lengths.reshape(config.num_seeds, -1)
+        actions = to_host(list(map(act_deterministically, run.shards, inputs)))  # (S, E, A)
+        actions = run.transform.environment_actions(actions)
+        for i, j in np.argwhere(playing):
+            step = envs[i, j].step(actions[i, j])
+            observations[i, j], reward, terminated, truncated, _ = step
+            returns[i, j] += reward
+            lengths[i, j] += 1
+            playing[i, j] = not (terminated or truncated)
+    return returns, lengths
 
 
 REFERENCE_RETURNS = {  # random and expert return, from D4RL (Fu et al. 2020, its infos.py)
@@ -996,7 +1009,7 @@ def save_run(run):
         for i, played in enumerate(run.rollout.played):
             arrays[f"rollout/played/{i}"] = np.array(played, np.float32)
     meta = {"script": Path(__file__).stem, "config": dataclasses.asdict(run.config),
-            "spec": run.spec, "offline": run.offline, "online": run.online, "rows": run.rows}  # fmt: skip
+            "spec": run.spec, "offline": run.offline, "online": run.online, "rows": run.rows}
     save_checkpoint(run.folder / "checkpoint.npz", arrays, meta)
 
 
@@ -1032,15 +1045,16 @@ def locate(config):
 
 def domain(env_id):
     """Name of the preset for an environment."""
-    words = {"AntMaze": "antmaze", "PointMaze": "pointmaze", "Kitchen": "kitchen", "Adroit": "adroit"}
-    return next((preset for word, preset in words.items() if word in env_id), "mujoco")
+    words = ("AntMaze", "PointMaze", "Kitchen", "Adroit")
+    return next((word.lower() for word in words if word in env_id), "mujoco")
 
 
 def check_config(config):
     """Refuse numbers out of range before anything is built."""
     for name, (low, high) in RANGES.items():
         if not low <= getattr(config, name) <= high:
-            fail(f"--{name.replace('_', '-')} {getattr(config, name)}: must be in [{low}, {high}]")
+            flag = f"--{name.replace('_', '-')}"
+            fail(f"{flag} {getattr(config, name)}: must be in [{low}, {high}]")
     if config.eval_interval % config.log_interval:
         fail(f"--eval-interval must be a multiple of --log-interval {config.log_interval}")
 
@@ -1132,14 +1146,14 @@ def versions(script, dataset):
         "cores": os.cpu_count(), "device": jax.devices()[0].device_kind,
         "xla_flags": os.environ.get("XLA_FLAGS"), "packages": packages,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }  # fmt: skip
+    }
 
 
 # ----------------------------------------------------------------------------- Metrics and signals
 
 
 COLUMNS = ["phase", "step", "seed", *METRICS, "episode_return", "episode_length", "return",
-           "length", "score", "updates_per_second", "seconds"]  # fmt: skip
+           "length", "score", "updates_per_second", "seconds"]
 
 
 def open_log(run):
@@ -1156,7 +1170,7 @@ def open_log(run):
             run.wandb = wandb.init(
                 project="offline-to-online", dir=run.folder, id=run.folder.name, resume="allow",
                 config=dataclasses.asdict(run.config),
-            )  # fmt: skip
+            )
         except Exception as error:  # whatever it is, training goes on without
             print(f"warning: wandb is off: {type(error).__name__}: {error}", file=sys.stderr)
 
@@ -1168,7 +1182,7 @@ def write_log(run, phase, values):
     bad = [name for name in METRICS if not np.isfinite(values.get(name, 0.0)).all()]
     if bad:
         fail(f"{phase} step {step}: not finite: {', '.join(bad)}; the last good checkpoint is "
-             f"{run.folder / 'checkpoint.npz'}", code=3)  # fmt: skip
+             f"{run.folder / 'checkpoint.npz'}", code=3)
     try:
         with open(run.folder / "metrics.csv", "a", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
@@ -1184,7 +1198,7 @@ def write_log(run, phase, values):
     if "return" in means:
         score = f"  score {means['score']:6.1f}" if np.isfinite(means["score"]) else ""
         tqdm.write(f"{phase:7} {step:>9,}  return {means['return']:8.1f}{score}  "
-                   f"episode length {means['length']:6.1f}")  # fmt: skip
+                   f"episode length {means['length']:6.1f}")
         run.shown |= {"return": f"{means['return']:.0f}"}
     run.bar.set_postfix(run.shown, refresh=False)
     if run.wandb is not None:
@@ -1252,7 +1266,7 @@ def film(run, path):
         print(f"film      {path}")
     except Exception as error:  # no display driver, no encoder: the run itself is not to blame
         print(f"warning: no film: {' '.join(str(error).split())}; without a screen MuJoCo needs "
-              "MUJOCO_GL=egl and Debian's libegl1", file=sys.stderr)  # fmt: skip
+              "MUJOCO_GL=egl and Debian's libegl1", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------- The run
@@ -1329,8 +1343,9 @@ def online_chunk(run, num_steps):
         infos.append(info)
     values = jax.tree.map(lambda *xs: np.mean(xs, axis=0), *map(to_host, infos))
     for column, name in ((1, "episode_return"), (2, "episode_length")):
-        ended = [[e[column] for e in run.rollout.finished if e[0] == i] for i in range(len(actions))]
-        values[name] = np.array([np.mean(x) if x else np.nan for x in ended])
+        values[name] = np.full(run.config.num_seeds, np.nan)
+        for i in {episode[0] for episode in run.rollout.finished}:
+            values[name][i] = np.mean([e[column] for e in run.rollout.finished if e[0] == i])
     run.rollout.finished.clear()
     return values
 
@@ -1346,7 +1361,7 @@ def train(run, phase, chunk, num_steps, received):
         seconds = time.time() - begin
         rate = size * per_step * config.num_seeds / seconds
         values |= {"updates_per_second": np.full(config.num_seeds, rate),
-                   "seconds": np.full(config.num_seeds, seconds)}  # fmt: skip
+                   "seconds": np.full(config.num_seeds, seconds)}
         done = getattr(run, phase)
         evaluated = done % config.eval_interval == 0 or done == num_steps
         if evaluated:
@@ -1390,7 +1405,7 @@ def describe(run, dataset, arrays):
     settings = [f"{name} {getattr(run.config, name)}" for name in PRESETS[run.config.preset]]
     print(f"dataset   {dataset}: {len(rewards):,} steps, {len(returns):,} trajectories")
     print(f"          return {returns.mean():.1f} ({returns.min():.1f} ... {returns.max():.1f}); "
-          f"discounted, in the agent's units {discounted:.2f}: compare q")  # fmt: skip
+          f"discounted, in the agent's units {discounted:.2f}: compare q")
     print(f"env       {json.loads(run.spec)['id']}; score: {reference_returns(run.spec)[2]}")
     print(f"preset    {run.config.preset}: {', '.join(settings)}")
     print(f"run       {run.folder}", flush=True)
@@ -1405,7 +1420,7 @@ def summarize(run, arrays):
     for seed in dict.fromkeys(row["seed"] for row in rows):
         curve = {phase: [float(row[column]) for row in rows
                          if row["seed"] == seed and row["phase"] == phase]
-                 for phase in ("offline", "online")}  # fmt: skip
+                 for phase in ("offline", "online")}
         parts = [f"{phase} {values[-1]:.1f}" for phase, values in curve.items() if values]
         dip = f", lowest online {min(curve['online']):.1f}" if curve["online"] else ""
         print(f"seed {seed:4} {column} {', then '.join(parts)}{dip}")
@@ -1413,6 +1428,7 @@ def summarize(run, arrays):
 
 
 def main(arguments=None):
+    gym.logger.min_level = gym.logger.ERROR  # no warnings that a -v4 environment is not the newest
     config, dataset, spec = parse_config(arguments)
     use_all_cores(config.num_seeds)
     if config.eval_only:
@@ -1425,7 +1441,7 @@ def main(arguments=None):
     transform = fit_transform(arrays, eval_envs[0].action_space, config)
     folder, devices = open_folder(config, dataset), seed_devices(config.num_seeds)
     shards = create_shards(config, *eval_envs[0].observation_space.shape,
-                           *eval_envs[0].action_space.shape, devices)  # fmt: skip
+                           *eval_envs[0].action_space.shape, devices)
     run = Run(config, spec, folder, devices, transform, shards, eval_envs, None)
     if (folder / "checkpoint.npz").exists():
         resume_run(run)

@@ -45,7 +45,6 @@ Deviations from the paper's code (github.com/rail-berkeley/softlearning):
 # ///
 import csv
 import dataclasses
-import difflib
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -121,7 +120,7 @@ PRESETS = {
         online_steps=300, warmup_steps=100, eval_interval=100, eval_episodes=1, log_interval=50,
         batch_size=32, hidden_dims=(32, 32),
     ),
-}  # fmt: skip
+}
 
 RANGES = {  # smallest and largest accepted value
     "num_seeds": (1, 4096), "online_steps": (0, 10**9), "eval_interval": (1, 10**9),
@@ -129,7 +128,7 @@ RANGES = {  # smallest and largest accepted value
     "discount": (0.0, 1.0), "tau": (0.0, 1.0), "utd_ratio": (1, 1000),
     "learning_rate": (0.0, 1.0), "num_critics": (1, 100), "seed": (0, 2**31 - 1),
     "warmup_steps": (1, 10**9), "buffer_size": (1, 10**9),
-}  # fmt: skip
+}
 
 METRICS = {  # every column of metrics.csv that is the algorithm's own, with its healthy range
     "critic_loss": "squared TD error, summed over critics; bounded, may grow with q",
@@ -317,9 +316,8 @@ def update_step(state, batch, config):
     critic, critic_info = gradient_step(state.critic, critic_loss, state, batch, critic_key, config)
     state = state.replace(critic=critic, key=key)
     actor, actor_info = gradient_step(state.actor, actor_loss, state, batch, actor_key, config)
-    temperature, temperature_info = gradient_step(
-        state.temperature, temperature_loss, state, actor_info["entropy"], batch.actions.shape[-1], config
-    )
+    inputs = state, actor_info["entropy"], batch.actions.shape[-1], config
+    temperature, temperature_info = gradient_step(state.temperature, temperature_loss, *inputs)
     target = optax.incremental_update(critic.params, state.target_critic_params, config.tau)
     state = state.replace(actor=actor, temperature=temperature, target_critic_params=target)
     return state, critic_info | actor_info | temperature_info
@@ -383,7 +381,7 @@ def environment_spec(path, env_id):
         return minari.MinariDataset(path).recover_environment(eval_env=True).spec.to_json()
     except (gym.error.Error, ImportError, ValueError, OSError) as error:
         hint = "; pip install gymnasium-robotics" if "robotics" in str(error) else ""
-        fail(f"--dataset {path}: no environment: {' '.join(str(error).split())}{hint}")
+        return fail(f"no environment: {' '.join(str(error).split())}{hint}")
 
 
 def make_env(spec, render_mode=None):
@@ -396,8 +394,9 @@ def make_env(spec, render_mode=None):
 
 def check_spaces(observation_space, action_space, name):
     """Refuse what these scripts cannot learn from: pixels, discrete actions."""
-    if not isinstance(action_space, gym.spaces.Box) or len(action_space.shape) != 1:
-        fail(f"{name}: actions are {action_space}; only continuous vectors are supported")
+    box = isinstance(action_space, gym.spaces.Box) and len(action_space.shape) == 1
+    if not box or not np.isfinite([action_space.low, action_space.high]).all():
+        fail(f"{name}: actions are {action_space}; only bounded vectors are supported")
     flat = gym.spaces.utils.flatten_space(observation_space)
     dtype = getattr(observation_space, "dtype", None)
     if not isinstance(flat, gym.spaces.Box) or dtype == np.uint8:
@@ -529,7 +528,8 @@ def act_deterministically(state, observations):
 def use_all_cores(num_seeds):
     """Before jax starts: one virtual CPU device per core, as far as they divide the seeds."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    jax.config.update("jax_num_cpu_devices", max(d for d in range(1, cores + 1) if num_seeds % d == 0))
+    divisors = [d for d in range(1, cores + 1) if num_seeds % d == 0]
+    jax.config.update("jax_num_cpu_devices", max(divisors))
 
 
 def seed_devices(num_seeds):
@@ -631,22 +631,23 @@ def step_rollout(run):
 def evaluate(run):
     """Returns and lengths (S, E) of one episode in each of the S * E environments, played side by
     side by the deterministic policy. Always the same start states; training is not touched."""
-    config, envs, num = run.config, run.eval_envs, len(run.eval_envs)
-    seeds = [(config.seed + i // config.eval_episodes, i % config.eval_episodes) for i in range(num)]
-    starts = [env.reset(seed=episode_seed(1, *s))[0] for env, s in zip(envs, seeds, strict=True)]
-    observations = np.array(starts, np.float64).reshape(config.num_seeds, config.eval_episodes, -1)
-    returns, lengths, playing = np.zeros(num), np.zeros(num, int), np.ones(num, bool)
+    shape = run.config.num_seeds, run.config.eval_episodes
+    observations = np.zeros((*shape, *run.eval_envs[0].observation_space.shape))  # (S, E, O)
+    returns, lengths, playing = np.zeros(shape), np.zeros(shape, int), np.ones(shape, bool)
+    envs = np.array(run.eval_envs, object).reshape(shape)
+    for i, j in np.ndindex(*shape):
+        observations[i, j], _ = envs[i, j].reset(seed=episode_seed(1, run.config.seed + i, j))
     while playing.any():
         inputs = split(run.transform.observations(observations), run.devices)
-        actions = to_host([act_deterministically(*xs) for xs in zip(run.shards, inputs, strict=True)])
-        actions = run.transform.environment_actions(actions).reshape(num, -1)
-        for i in np.flatnonzero(playing):
-            observation, reward, terminated, truncated, _ = envs[i].step(actions[i])
-            observations.reshape(num, -1)[i] = observation
-            returns[i] += reward
-            lengths[i] += 1
-            playing[i] = not (terminated or truncated)
-    return returns.reshape(config.num_seeds, -1), lengths.reshape(config.num_seeds, -1)
+        actions = to_host(list(map(act_deterministically, run.shards, inputs)))  # (S, E, A)
+        actions = run.transform.environment_actions(actions)
+        for i, j in np.argwhere(playing):
+            step = envs[i, j].step(actions[i, j])
+            observations[i, j], reward, terminated, truncated, _ = step
+            returns[i, j] += reward
+            lengths[i, j] += 1
+            playing[i, j] = not (terminated or truncated)
+    return returns, lengths
 
 
 REFERENCE_RETURNS = {  # random and expert return, from D4RL (Fu et al. 2020, its infos.py)
@@ -746,7 +747,7 @@ def save_run(run):
         for i, played in enumerate(run.rollout.played):
             arrays[f"rollout/played/{i}"] = np.array(played, np.float32)
     meta = {"script": Path(__file__).stem, "config": dataclasses.asdict(run.config),
-            "spec": run.spec, "offline": run.offline, "online": run.online, "rows": run.rows}  # fmt: skip
+            "spec": run.spec, "offline": run.offline, "online": run.online, "rows": run.rows}
     save_checkpoint(run.folder / "checkpoint.npz", arrays, meta)
 
 
@@ -777,7 +778,8 @@ def check_config(config):
     """Refuse numbers out of range before anything is built."""
     for name, (low, high) in RANGES.items():
         if not low <= getattr(config, name) <= high:
-            fail(f"--{name.replace('_', '-')} {getattr(config, name)}: must be in [{low}, {high}]")
+            flag = f"--{name.replace('_', '-')}"
+            fail(f"{flag} {getattr(config, name)}: must be in [{low}, {high}]")
     if config.eval_interval % config.log_interval:
         fail(f"--eval-interval must be a multiple of --log-interval {config.log_interval}")
 
@@ -869,14 +871,14 @@ def versions(script, dataset):
         "cores": os.cpu_count(), "device": jax.devices()[0].device_kind,
         "xla_flags": os.environ.get("XLA_FLAGS"), "packages": packages,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }  # fmt: skip
+    }
 
 
 # ----------------------------------------------------------------------------- Metrics and signals
 
 
 COLUMNS = ["phase", "step", "seed", *METRICS, "episode_return", "episode_length", "return",
-           "length", "score", "updates_per_second", "seconds"]  # fmt: skip
+           "length", "score", "updates_per_second", "seconds"]
 
 
 def open_log(run):
@@ -893,7 +895,7 @@ def open_log(run):
             run.wandb = wandb.init(
                 project="offline-to-online", dir=run.folder, id=run.folder.name, resume="allow",
                 config=dataclasses.asdict(run.config),
-            )  # fmt: skip
+            )
         except Exception as error:  # whatever it is, training goes on without
             print(f"warning: wandb is off: {type(error).__name__}: {error}", file=sys.stderr)
 
@@ -905,7 +907,7 @@ def write_log(run, phase, values):
     bad = [name for name in METRICS if not np.isfinite(values.get(name, 0.0)).all()]
     if bad:
         fail(f"{phase} step {step}: not finite: {', '.join(bad)}; the last good checkpoint is "
-             f"{run.folder / 'checkpoint.npz'}", code=3)  # fmt: skip
+             f"{run.folder / 'checkpoint.npz'}", code=3)
     try:
         with open(run.folder / "metrics.csv", "a", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
@@ -921,7 +923,7 @@ def write_log(run, phase, values):
     if "return" in means:
         score = f"  score {means['score']:6.1f}" if np.isfinite(means["score"]) else ""
         tqdm.write(f"{phase:7} {step:>9,}  return {means['return']:8.1f}{score}  "
-                   f"episode length {means['length']:6.1f}")  # fmt: skip
+                   f"episode length {means['length']:6.1f}")
         run.shown |= {"return": f"{means['return']:.0f}"}
     run.bar.set_postfix(run.shown, refresh=False)
     if run.wandb is not None:
@@ -989,7 +991,7 @@ def film(run, path):
         print(f"film      {path}")
     except Exception as error:  # no display driver, no encoder: the run itself is not to blame
         print(f"warning: no film: {' '.join(str(error).split())}; without a screen MuJoCo needs "
-              "MUJOCO_GL=egl and Debian's libegl1", file=sys.stderr)  # fmt: skip
+              "MUJOCO_GL=egl and Debian's libegl1", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------- The run
@@ -1059,8 +1061,9 @@ def online_chunk(run, num_steps):
         infos.append(info)
     values = jax.tree.map(lambda *xs: np.mean(xs, axis=0), *map(to_host, infos))
     for column, name in ((1, "episode_return"), (2, "episode_length")):
-        ended = [[e[column] for e in run.rollout.finished if e[0] == i] for i in range(len(actions))]
-        values[name] = np.array([np.mean(x) if x else np.nan for x in ended])
+        values[name] = np.full(run.config.num_seeds, np.nan)
+        for i in {episode[0] for episode in run.rollout.finished}:
+            values[name][i] = np.mean([e[column] for e in run.rollout.finished if e[0] == i])
     run.rollout.finished.clear()
     return values
 
@@ -1076,7 +1079,7 @@ def train(run, phase, chunk, num_steps, received):
         seconds = time.time() - begin
         rate = size * per_step * config.num_seeds / seconds
         values |= {"updates_per_second": np.full(config.num_seeds, rate),
-                   "seconds": np.full(config.num_seeds, seconds)}  # fmt: skip
+                   "seconds": np.full(config.num_seeds, seconds)}
         done = getattr(run, phase)
         evaluated = done % config.eval_interval == 0 or done == num_steps
         if evaluated:
@@ -1141,7 +1144,7 @@ def buffer_episodes(run):
         terminations = rows.masks[part] == 0
         truncations = (np.arange(len(part)) == len(part) - 1) & ~terminations
         yield episode_buffer(np.concatenate(observations), actions[part], rewards[part],
-                             terminations, truncations)  # fmt: skip
+                             terminations, truncations)
 
 
 def episode_buffer(observations, actions, rewards, terminations, truncations):
@@ -1149,7 +1152,7 @@ def episode_buffer(observations, actions, rewards, terminations, truncations):
     return minari.data_collector.EpisodeBuffer(
         observations=observations, actions=actions, rewards=np.asarray(rewards, np.float32),
         terminations=terminations, truncations=truncations,
-    )  # fmt: skip
+    )
 
 
 def policy_episodes(env, policy, num_steps, seed):
@@ -1174,25 +1177,25 @@ def write_dataset(name, episodes, spec, algorithm, description):
     Its HDF5 file is packed afterwards (compressed, small headers): a third of the size.
     """
     env, episodes = make_env(spec), list(episodes)
-    uniform = policy_episodes(env, lambda *_: env.action_space.sample(), 10_000, 0)
     env.action_space.seed(0)
-    random = np.mean([episode.rewards.sum() for episode in uniform])
+    uniform = policy_episodes(env, lambda *_: env.action_space.sample(), 10_000, 0)
+    random = float(np.mean([episode.rewards.sum() for episode in uniform]))
     expert = reference_returns(spec)[1]
-    packages = {name: importlib.metadata.version(name) for name in ("gymnasium", "mujoco", "minari")}
+    packages = {p: importlib.metadata.version(p) for p in ("gymnasium", "mujoco", "minari")}
     dataset = minari.create_dataset_from_buffers(
         name, episodes, env=env, eval_env=env, algorithm_name=algorithm, description=description,
         author="offline-to-online reference implementations", author_email="none",
         code_permalink=f"{Path(__file__).name}, git {versions(Path(__file__), None)['git_commit']}",
         requirements=[f"{name}=={version}" for name, version in packages.items()],
-    )  # fmt: skip
-    known = {"ref_min_score": float(random)} | ({} if np.isnan(expert) else {"ref_max_score": expert})
-    dataset.storage.update_metadata(known)
+    )
+    known = {} if np.isnan(expert) else {"ref_max_score": expert}
+    dataset.storage.update_metadata(known | {"ref_min_score": random})
     file = Path(dataset.storage.data_path) / "main_data.hdf5"
     pack(file)
     returns = np.array([episode.rewards.sum() for episode in episodes])
     print(f"dataset   {name}: {sum(len(e.rewards) for e in episodes):,} steps, {len(episodes)} "
           f"episodes, return {returns.mean():.1f} ({returns.min():.1f} ... {returns.max():.1f}), "
-          f"{file.stat().st_size / 1e6:.1f} MB; a random policy's return {random:.1f}")  # fmt: skip
+          f"{file.stat().st_size / 1e6:.1f} MB; a random policy's return {random:.1f}")
 
 
 def pack(path):
@@ -1216,6 +1219,7 @@ def pack(path):
 
 
 def main(arguments=None):
+    gym.logger.min_level = gym.logger.ERROR  # no warnings that a -v4 environment is not the newest
     config, _, spec = parse_config(arguments)
     use_all_cores(config.num_seeds)
     if config.eval_only:
@@ -1229,7 +1233,7 @@ def main(arguments=None):
     transform = Transform(
         np.zeros(sizes[0]), np.ones(sizes[0]), (box.high + box.low) / 2, (box.high - box.low) / 2,
         np.array(config.reward_scale), np.array(config.reward_shift),
-    )  # fmt: skip
+    )
     shards = create_shards(config, *sizes, devices)
     run = Run(config, spec, folder, devices, transform, shards, eval_envs, [None] * len(devices))
     if (folder / "checkpoint.npz").exists():
