@@ -562,8 +562,8 @@ def read_dataset(path):
         return read_flat_file(path) if path.is_file() else read_minari(path)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         fault = " ".join(str(error).split())
-        return fail(f"{path}: unreadable ({fault}): damaged or cut off? Fetch it again, from Minari "
-                    "by minari.download_dataset(id, force_download=True)")
+        return fail(f"{path}: unreadable ({fault}): damaged or cut off? Fetch it again, from Minari"
+                    " by minari.download_dataset(id, force_download=True)")
 
 
 def check_dataset(arrays, env, path):
@@ -1033,7 +1033,7 @@ def resume_run(run):
         start_online(run, arrays, found)
 
 
-# ------------------------------------------------------------------------------ Command line, folder
+# ---------------------------------------------------------------------- Command line, run folder
 
 
 def locate(config):
@@ -1119,7 +1119,7 @@ def open_folder(config, dataset):
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "config.json").exists():
             (folder / "versions.json").write_text(json.dumps(versions(script, dataset), indent=2))
-            (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2))
+        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2))
     except OSError as error:
         fail(f"--run-dir {folder}: cannot be written ({error.strerror})")
     return folder

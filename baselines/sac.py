@@ -771,7 +771,7 @@ def resume_run(run):
         start_online(run, arrays, found)
 
 
-# ------------------------------------------------------------------------------ Command line, folder
+# ---------------------------------------------------------------------- Command line, run folder
 
 
 def check_config(config):
@@ -844,7 +844,7 @@ def open_folder(config, dataset):
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "config.json").exists():
             (folder / "versions.json").write_text(json.dumps(versions(script, dataset), indent=2))
-            (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2))
+        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2))
     except OSError as error:
         fail(f"--run-dir {folder}: cannot be written ({error.strerror})")
     return folder
@@ -1188,10 +1188,11 @@ def write_dataset(name, episodes, spec, algorithm, description):
         code_permalink=f"{Path(__file__).name}, git {versions(Path(__file__), None)['git_commit']}",
         requirements=[f"{name}=={version}" for name, version in packages.items()],
     )
-    known = {} if np.isnan(expert) else {"ref_max_score": expert}
-    dataset.storage.update_metadata(known | {"ref_min_score": random})
     file = Path(dataset.storage.data_path) / "main_data.hdf5"
     pack(file)
+    known = {} if np.isnan(expert) else {"ref_max_score": expert}
+    known |= {"ref_min_score": random, "dataset_size": dataset.storage.get_size()}
+    dataset.storage.update_metadata(known)
     returns = np.array([episode.rewards.sum() for episode in episodes])
     print(f"dataset   {name}: {sum(len(e.rewards) for e in episodes):,} steps, {len(episodes)} "
           f"episodes, return {returns.mean():.1f} ({returns.min():.1f} ... {returns.max():.1f}), "

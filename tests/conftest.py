@@ -27,7 +27,9 @@ def run_script(name, *arguments, cwd=None, timeout=120, **environment):
     """Run a script in its own process, on one thread: (exit code, stdout, stderr)."""
     env = os.environ | {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"} | environment
     command = [sys.executable, str(ROOT / name), *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+    done = subprocess.run(
+        command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout
+    )
     return done.returncode, done.stdout, done.stderr
 
 

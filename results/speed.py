@@ -1,0 +1,226 @@
+"""Speed and memory of the scripts, beside a bare scan of the same networks: writes speed.md.
+
+    python results/speed.py                  # every case, medians of 5 repetitions
+    python results/speed.py --only iql       # one script's
+
+A benchmark, not a test: run it on an idle machine. Every case is a process of its own. Sizes are
+D4RL's: 11 observations, 3 actions, 1,000,000 rows, batches of 256, two hidden layers of 256.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = {"iql": "algorithms/iql.py", "sac": "baselines/sac.py"}
+CASES = {  # name: (what is measured, unit)
+    "bare": ("bare scan of IQL's matrix products and Adam, 1 seed", "updates/s"),
+    "iql-offline-1": ("iql.py offline, 1 seed", "updates/s"),
+    "iql-offline-cores": ("iql.py offline, 1 seed per core", "seed-updates/s"),
+    "iql-online-1": ("iql.py online in Hopper-v5, 1 seed, updates included", "steps/s"),
+    "iql-online-cores": ("iql.py online in Hopper-v5, 1 seed per core", "seed-steps/s"),
+    "iql-start": ("iql.py, process start to the end of the first update, 1M rows", "s"),
+    "sac-online-1": ("sac.py online in Hopper-v5, 1 seed, updates included", "steps/s"),
+}
+ROWS, OBSERVATIONS, ACTIONS, STEPS, REPETITIONS = 1_000_000, 11, 3, 500, 5
+
+
+def load(name):
+    """A script as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / SCRIPTS[name])
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def dataset(module):
+    """A Batch of 1M random rows."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    shapes = ((ROWS, OBSERVATIONS), (ROWS, ACTIONS), (ROWS,), (ROWS, OBSERVATIONS), (ROWS,))
+    return module.Batch(*[rng.standard_normal(shape, dtype=np.float32) for shape in shapes])
+
+
+def repeat(function, amount):
+    """Rates of `function`, called once to compile and then REPETITIONS times."""
+    function()
+    rates = []
+    for _ in range(REPETITIONS):
+        begin = time.perf_counter()
+        function()
+        rates.append(amount / (time.perf_counter() - begin))
+    return rates
+
+
+def bare():
+    """What the matrix products of an IQL update and Adam alone cost: value, policy and two critics
+    forward and backward, and two target critics forward, as one scan; nothing of ours."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    sizes = {"v": OBSERVATIONS, "pi": OBSERVATIONS, "q1": OBSERVATIONS + ACTIONS}
+    sizes["q2"] = sizes["q1"]
+    key = jax.random.PRNGKey(0)
+
+    def network(size):
+        shapes = ((size, 256), (256,), (256, 256), (256,), (256,))
+        return [0.05 * jax.random.normal(key, shape) for shape in shapes]
+
+    def forward(p, x):
+        return (jax.nn.relu(jax.nn.relu(x @ p[0] + p[1]) @ p[2] + p[3]) * p[4]).sum(-1)
+
+    params = {name: network(size) for name, size in sizes.items()}
+    target = jax.tree.map(jnp.copy, {name: params[name] for name in ("q1", "q2")})
+    rows = {n: jax.random.normal(key, (ROWS, n)) for n in set(sizes.values())}
+    adam = optax.adam(3e-4)
+
+    def body(carry, key):
+        params, target, moments = carry
+        batch = {n: x[jax.random.randint(key, (256,), 0, ROWS)] for n, x in rows.items()}
+        wanted = sum(forward(target[name], batch[sizes[name]]) for name in target)
+        next_v = forward(params["v"], batch[OBSERVATIONS] + 1)
+
+        def loss(params):
+            errors = [(forward(params[n], batch[size]) - wanted - next_v) ** 2
+                      for n, size in sizes.items()]
+            return sum(error.mean() for error in errors)
+
+        updates, moments = adam.update(jax.grad(loss)(params), moments)
+        params = optax.apply_updates(params, updates)
+        mixed = optax.incremental_update({n: params[n] for n in target}, target, 0.005)
+        return (params, mixed, moments), None
+
+    scan = jax.jit(lambda carry, keys: jax.lax.scan(body, carry, keys)[0], donate_argnums=0)
+    state = [(params, target, adam.init(params))]
+    keys = jax.random.split(key, STEPS)
+
+    def run():
+        state[0] = jax.block_until_ready(scan(state[0], keys))
+
+    return repeat(run, STEPS)
+
+
+def make_run(module, num_seeds, **settings):
+    """A Run at D4RL's sizes in Hopper-v5, without files."""
+    import jax
+    import numpy as np
+
+    config = module.Config(num_seeds=num_seeds, **settings)
+    module.use_all_cores(num_seeds)
+    devices = module.seed_devices(num_seeds)
+    spec = module.make_env(module.environment_spec(None, "Hopper-v5")).spec.to_json()
+    zeros, ones = np.zeros(OBSERVATIONS), np.ones(OBSERVATIONS)
+    transform = module.Transform(zeros, ones, np.zeros(3), np.ones(3), np.array(1.0), np.array(0.0))
+    shards = module.create_shards(config, OBSERVATIONS, ACTIONS, devices)
+    datasets = [None] * len(devices)
+    if hasattr(module, "update_steps"):
+        rows = dataset(module)
+        datasets = [jax.device_put(rows, device) for device in devices]
+    return module.Run(config, spec, None, devices, transform, shards, [], datasets)
+
+
+def offline(module, num_seeds):
+    run = make_run(module, num_seeds)
+    return repeat(lambda: module.offline_chunk(run, STEPS), num_seeds * STEPS)
+
+
+def online(module, num_seeds):
+    run = make_run(module, num_seeds, online_steps=50_000, warmup_steps=1)
+    module.start_online(run)
+    run.online = 1
+    return repeat(lambda: module.online_chunk(run, STEPS), num_seeds * STEPS)
+
+
+def start():
+    """Seconds from the start of a process to the end of its first update, five times."""
+    import tempfile
+
+    import numpy as np
+
+    module = load("iql")
+    rows = dataset(module)
+    folder = Path(tempfile.mkdtemp())
+    timeouts = np.arange(ROWS) % 1000 == 999
+    np.savez(folder / "rows.npz", observations=rows.observations, rewards=rows.rewards,
+             actions=np.clip(rows.actions, -1, 1), next_observations=rows.next_observations,
+             terminals=np.zeros(ROWS, bool), timeouts=timeouts)
+    command = [sys.executable, ROOT / SCRIPTS["iql"], "--dataset", folder / "rows.npz", "--env-id",
+               "Hopper-v5", "--offline-steps", "1", "--online-steps", "0", "--eval-interval", "1",
+               "--log-interval", "1", "--eval-episodes", "1"]
+    seconds = []
+    for i in range(REPETITIONS):
+        begin = time.perf_counter()
+        run = [*map(str, command), "--run-dir", str(folder / str(i))]
+        subprocess.run(run, check=True, capture_output=True)
+        seconds.append(time.perf_counter() - begin)
+    return seconds
+
+
+def measure(case):
+    """One case in this process: prints its rates and peak memory as JSON."""
+    cores = len(os.sched_getaffinity(0))
+    name, *parts = case.split("-")
+    if case == "bare":
+        rates = bare()
+    elif case == "iql-start":
+        rates = start()
+    else:
+        num_seeds = cores if parts[1] == "cores" else 1
+        rates = {"offline": offline, "online": online}[parts[0]](load(name), num_seeds)
+    kind = resource.RUSAGE_CHILDREN if case == "iql-start" else resource.RUSAGE_SELF
+    print(json.dumps({"rates": rates, "memory": resource.getrusage(kind).ru_maxrss / 1e6}))
+
+
+def machine():
+    """Processor, cores, versions, in one line."""
+    import importlib.metadata
+
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
+    versions = [f"{p} {importlib.metadata.version(p)}" for p in ("jax", "jaxlib", "mujoco")]
+    cores = f"{len(os.sched_getaffinity(0))} cores"
+    python = f"Python {platform.python_version()}"
+    return ", ".join([names[0] if names else platform.processor(), cores, python, *versions])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", default="", help="part of the cases' names")
+    parser.add_argument("--case", help="measure this one here (used for the subprocesses)")
+    arguments = parser.parse_args()
+    if arguments.case:
+        measure(arguments.case)
+        return
+    rows = []
+    for case in [name for name in CASES if arguments.only in name]:
+        done = subprocess.run([sys.executable, __file__, "--case", case], capture_output=True,
+                              text=True, check=True)
+        found = json.loads(done.stdout.splitlines()[-1])
+        middle, low, high = (f(found["rates"]) for f in (statistics.median, min, max))
+        what, unit = CASES[case]
+        rows.append(f"| {what} | {middle:.4g} | {low:.4g} to {high:.4g} | {unit} | "
+                    f"{found['memory']:.2f} |")
+        print(rows[-1], flush=True)
+    if not arguments.only:
+        commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"],
+                                capture_output=True, text=True).stdout.strip()
+        made = f"{machine()}; commit {commit}, {time.strftime('%Y-%m-%d')}."
+        how = f"`python results/speed.py`: a process per row, {REPETITIONS} times {STEPS} steps."
+        head = ["# Speed", "", made, how, "",
+                "| what | median | range | unit | peak memory, GB |", "|---|---|---|---|---|"]
+        (ROOT / "results" / "speed.md").write_text("\n".join([*head, *rows, ""]))
+
+
+if __name__ == "__main__":
+    main()
