@@ -63,8 +63,6 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
-import zlib
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -152,6 +150,8 @@ RANGES = {  # smallest and largest accepted value
     "batch_size": (1, 10**6), "discount": (0.0, 1.0), "tau": (0.0, 1.0), "utd_ratio": (1, 1000),
     "learning_rate": (0.0, 1.0), "expectile": (0.0, 1.0), "beta": (0.0, 1e6),
     "num_critics": (1, 100), "dropout_rate": (0.0, 0.99), "seed": (0, 2**31 - 1),
+    "buffer_size": (1, 10**9), "warmup_steps": (0, 10**9), "max_weight": (0.0, 1e9),
+    "reward_scale": (-1e9, 1e9), "reward_shift": (-1e9, 1e9),
 }
 
 METRICS = {  # every column of metrics.csv that is the algorithm's own, with its healthy range
@@ -464,16 +464,33 @@ def environment_spec(path, env_id):
             return gym.make(env_id).spec.to_json()
         if path.is_file():
             fail(f"--dataset {path}: a flat file does not name its environment, add --env-id ID")
-        return minari.MinariDataset(path).recover_environment(eval_env=True).spec.to_json()
+        return open_minari(path).recover_environment(eval_env=True).spec.to_json()
     except (gym.error.Error, ImportError, ValueError, OSError) as error:
         hint = "; pip install gymnasium-robotics" if "robotics" in str(error) else ""
         return fail(f"no environment: {' '.join(str(error).split())}{hint}")
 
 
-def make_env(spec, render_mode=None):
+def open_minari(path):
+    """The Minari dataset in a folder; a damaged one is refused."""
+    try:
+        return minari.MinariDataset(path)
+    except Exception as error:  # Minari checks nothing: a damaged file fails in many ways
+        return fail_damaged(path, error)
+
+
+def fail_damaged(path, error):
+    """Refuse a file that cannot be read."""
+    fault = " ".join(f"{type(error).__name__}: {error}".split())
+    fail(f"{path}: unreadable ({fault}): damaged or cut off? Fetch it again, from Minari by "
+         "minari.download_dataset(id, force_download=True)")
+
+
+def make_env(spec, **keywords):
     """The environment of a specification (JSON); dict observations flattened in sorted order."""
-    env = gym.make(gym.envs.registration.EnvSpec.from_json(spec), render_mode=render_mode)
+    env = gym.make(gym.envs.registration.EnvSpec.from_json(spec), **keywords)
     if isinstance(env.observation_space, gym.spaces.Dict):
+        space = gym.spaces.Dict(dict(sorted(env.observation_space.items())))
+        env = gym.wrappers.TransformObservation(env, lambda x: x, space)
         env = gym.wrappers.FlattenObservation(env)
     return env
 
@@ -484,8 +501,8 @@ def check_spaces(observation_space, action_space, name):
     if not box or not np.isfinite([action_space.low, action_space.high]).all():
         fail(f"{name}: actions are {action_space}; only bounded vectors are supported")
     flat = gym.spaces.utils.flatten_space(observation_space)
-    dtype = getattr(observation_space, "dtype", None)
-    if not isinstance(flat, gym.spaces.Box) or dtype == np.uint8:
+    image = observation_space.dtype == np.uint8 or len(observation_space.shape or ()) > 1
+    if not isinstance(flat, gym.spaces.Box) or image:
         fail(f"{name}: observations are {observation_space}; only vectors are supported, no images")
 
 
@@ -499,7 +516,7 @@ def flatten_observations(observations):
 
 def read_minari(path):
     """A Minari dataset as flat arrays, see read_dataset."""
-    dataset = minari.MinariDataset(path)
+    dataset = open_minari(path)
     check_spaces(dataset.observation_space, dataset.action_space, path)
     parts = []
     for episode in dataset.iterate_episodes():
@@ -525,15 +542,11 @@ def read_flat_file(path):
     """A .npz or .hdf5 file with D4RL's keys as flat arrays, see read_dataset."""
     with np.load(path) if path.suffix == ".npz" else h5py.File(path, "r") as file:
         fields = {name: file[name][()] for name in file if hasattr(file[name], "shape")}
-    needed = {"observations", "actions", "rewards", "terminals"}
-    if not needed <= set(fields):
-        fail(f"{path}: no {', '.join(sorted(needed - set(fields)))}; D4RL's keys are needed")
-    for name in sorted({*needed, "timeouts", "next_observations"} & set(fields)):
-        if fields[name].shape[:1] != fields["rewards"].shape[:1]:
-            fail(f"{path}: {name} {fields[name].shape}, but rewards {fields['rewards'].shape}")
+    check_fields(fields, path)
     observations = np.asarray(fields["observations"], np.float32)
     terminals = np.asarray(fields["terminals"], bool).reshape(-1)
     ends = terminals | np.asarray(fields.get("timeouts", terminals), bool).reshape(-1)
+    ends[fields.get("seg_end_index", [])] = True
     ends[-1:] = True
     if "next_observations" in fields:
         next_observations = np.asarray(fields["next_observations"], np.float32)
@@ -553,6 +566,28 @@ def read_flat_file(path):
     }
 
 
+def check_fields(fields, path):
+    """Refuse a flat file whose fields are missing or do not fit each other."""
+    needed = {"observations", "actions", "rewards", "terminals"}
+    if not needed <= set(fields):
+        fail(f"{path}: no {', '.join(sorted(needed - set(fields)))}; D4RL's keys are needed")
+    if not {"timeouts", "next_observations", "seg_end_index"} & set(fields):
+        fail(f"{path}: neither timeouts nor next_observations: where do the episodes end?")
+    num_rows = fields["rewards"].size
+    shapes = {"rewards": (num_rows,), "terminals": (num_rows,), "timeouts": (num_rows,),
+              "actions": (num_rows, *fields["actions"].shape[1:]),
+              "observations": (num_rows, *fields["observations"].shape[1:]),
+              "next_observations": fields["observations"].shape}
+    for name, shape in shapes.items():
+        found = fields[name].shape if name in fields else shape
+        if found not in (shape, (*shape, 1)):
+            fail(f"{path}: {name} have shape {found}, but {shape} is needed")
+        if name in ("terminals", "timeouts") and np.isnan(fields.get(name, 0.0)).any():
+            fail(f"{path}: {name}: not finite, first row {np.isnan(fields[name]).argmax()}")
+    if not np.isin(fields.get("seg_end_index", []), np.arange(num_rows)).all():
+        fail(f"{path}: seg_end_index has values that are no rows")
+
+
 def read_dataset(path):
     """Flat arrays of N rows: observations (N, O), actions (N, A), rewards, next_observations,
     terminals (true terminations), ends (last row of a trajectory, for whatever reason), keep
@@ -560,16 +595,14 @@ def read_dataset(path):
     """
     try:
         return read_flat_file(path) if path.is_file() else read_minari(path)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        fault = " ".join(str(error).split())
-        return fail(f"{path}: unreadable ({fault}): damaged or cut off? Fetch it again, from Minari"
-                    " by minari.download_dataset(id, force_download=True)")
+    except Exception as error:  # a damaged file fails in many ways
+        return fail_damaged(path, error)
 
 
 def check_dataset(arrays, env, path):
     """Refuse bad rows and a dataset that does not fit its environment, naming field and row."""
-    if len(arrays["rewards"]) == 0:
-        fail(f"{path}: empty")
+    if not arrays["keep"].any():
+        fail(f"{path}: empty, or no row's next observation is known")
     for name in ("observations", "actions", "rewards", "next_observations"):
         bad = ~np.isfinite(arrays[name]).reshape(len(arrays[name]), -1).all(axis=1)
         if bad.any():
@@ -630,7 +663,8 @@ def fit_transform(arrays, action_space, config):
     observations, actions = arrays["observations"], arrays["actions"]
     mean, std = np.zeros(observations.shape[1]), np.ones(observations.shape[1])
     if config.normalize_observations:
-        mean, std = observations.mean(axis=0), observations.std(axis=0) + 1e-3
+        mean = observations.mean(axis=0, dtype=np.float64)
+        std = observations.std(axis=0, dtype=np.float64) + 1e-3
     low, high = action_space.low, action_space.high
     center, scale = (low + high) / 2, (high - low) / 2
     if np.abs(actions).max() <= 1 + 1e-3 and (low <= -1).all() and (high >= 1).all():
@@ -983,17 +1017,29 @@ def save_checkpoint(path, arrays, meta):
 
 def load_checkpoint(path):
     """(arrays, meta, path read) of a checkpoint or a run folder. Every byte is checked (the zip's
-    CRC-32); for a damaged or missing file the previous one is taken, with a warning."""
+    CRC-32); for a damaged or missing file the one before is taken, with a warning."""
     path = Path(path) / "checkpoint.npz" if Path(path).is_dir() else Path(path)
-    damage = (OSError, ValueError, KeyError, EOFError, MemoryError, NotImplementedError)
+    warnings = []
     for candidate in (path, path.with_suffix(".previous.npz")):
         try:
             with np.load(candidate, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
-            return arrays, json.loads(arrays.pop("meta").tobytes()), candidate
-        except (*damage, zipfile.BadZipFile, zlib.error) as error:
-            print(f"warning: {candidate}: {type(error).__name__}: {error}", file=sys.stderr)
+            meta = json.loads(arrays.pop("meta").tobytes())
+        except Exception as error:  # a damaged file fails in many ways
+            warnings.append(f"warning: {candidate}: {type(error).__name__}: {error}")
+        else:
+            for warning in warnings:
+                print(warning, file=sys.stderr)
+            return arrays, meta, candidate
     return fail(f"{path}: no readable checkpoint")
+
+
+def load_own_checkpoint(path):
+    """load_checkpoint, refusing another script's."""
+    arrays, meta, found = load_checkpoint(path)
+    if meta.get("script") != Path(__file__).stem:
+        fail(f"{found}: a checkpoint of {meta.get('script')}.py, not of {Path(__file__).name}")
+    return arrays, meta, found
 
 
 def save_run(run):
@@ -1015,9 +1061,7 @@ def save_run(run):
 
 def restore_agent(run, source):
     """Put agent and transform of a checkpoint into `run`; returns the checkpoint."""
-    arrays, meta, found = load_checkpoint(source)
-    if meta["script"] != Path(__file__).stem:
-        fail(f"{found}: a checkpoint of {meta['script']}.py, not of {Path(__file__).name}")
+    arrays, meta, found = load_own_checkpoint(source)
     state = restore(to_host(run.shards), arrays, "state", found)
     run.shards = to_devices(state, run.devices)
     names = [field.name for field in dataclasses.fields(Transform)]
@@ -1055,7 +1099,9 @@ def check_config(config):
         if not low <= getattr(config, name) <= high:
             flag = f"--{name.replace('_', '-')}"
             fail(f"{flag} {getattr(config, name)}: must be in [{low}, {high}]")
-    if config.eval_interval % config.log_interval:
+    if not all(1 <= width <= 10**5 for width in config.hidden_dims):
+        fail(f"--hidden-dims {config.hidden_dims}: must be in [1, 100000]")
+    if config.preset != "auto" and config.eval_interval % config.log_interval:
         fail(f"--eval-interval must be a multiple of --log-interval {config.log_interval}")
 
 
@@ -1087,16 +1133,16 @@ def parse_config(arguments):
     parse = partial(tyro.cli, Config, args=arguments, description=__doc__)
     config = parse()
     if config.eval_only:
-        _, meta, _ = load_checkpoint(config.eval_only)
+        _, meta, _ = load_own_checkpoint(config.eval_only)
         default = dataclasses.replace(config_from(meta["config"]), eval_only=config.eval_only)
         return parse(default=default), None, meta["spec"]
     recorded = Path(config.resume or "", "config.json")
     if config.resume and recorded.is_file():
-        default = config_from(json.loads(recorded.read_text()))
+        default = config_from(json.loads(recorded.read_text() or "{}"))
         config = parse(default=default)
         check_resumed(config, default)
         return config, *locate(config)[:2]
-    check_config(config)
+    check_config(dataclasses.replace(config, preset="auto"))  # the preset is still to come
     path, spec, auto = locate(config)
     preset = auto if config.preset == "auto" else config.preset
     if preset not in PRESETS:
@@ -1161,7 +1207,8 @@ def open_log(run):
     path = run.folder / "metrics.csv"
     lines = path.read_text().splitlines()[: run.rows + 1] if run.rows else [",".join(COLUMNS)]
     path.write_text("\n".join(lines) + "\n")
-    total = getattr(run.config, "offline_steps", 0) + run.config.online_steps
+    offline = 0 if run.config.init_from else getattr(run.config, "offline_steps", 0)
+    total = offline + run.config.online_steps
     run.bar = tqdm(total=total, initial=run.offline + run.online, disable=None, smoothing=0.05)
     if run.config.wandb:
         try:
@@ -1194,7 +1241,8 @@ def write_log(run, phase, values):
     run.rows += run.config.num_seeds
     means = {name: float(np.mean(value)) for name, value in values.items()}
     run.bar.set_description(phase, refresh=False)
-    run.shown |= {"updates/s": f"{means['updates_per_second']:.0f}"}
+    if "updates_per_second" in means:
+        run.shown |= {"updates/s": f"{means['updates_per_second']:.0f}"}
     if "return" in means:
         score = f"  score {means['score']:6.1f}" if np.isfinite(means["score"]) else ""
         tqdm.write(f"{phase:7} {step:>9,}  return {means['return']:8.1f}{score}  "
@@ -1439,11 +1487,13 @@ def main(arguments=None):
     arrays = read_dataset(dataset)
     check_dataset(arrays, eval_envs[0], dataset)
     transform = fit_transform(arrays, eval_envs[0].action_space, config)
+    if config.init_from:
+        load_own_checkpoint(config.init_from)  # refuse a bad one before the folder is made
     folder, devices = open_folder(config, dataset), seed_devices(config.num_seeds)
     shards = create_shards(config, *eval_envs[0].observation_space.shape,
                            *eval_envs[0].action_space.shape, devices)
     run = Run(config, spec, folder, devices, transform, shards, eval_envs, None)
-    if (folder / "checkpoint.npz").exists():
+    if any(folder.glob("checkpoint*.npz")):
         resume_run(run)
     elif config.init_from:
         restore_agent(run, config.init_from)
@@ -1455,6 +1505,8 @@ def main(arguments=None):
         train(run, "offline", offline_chunk, config.offline_steps, received)
     if config.online_steps and run.rollout is None:
         start_online(run)
+        if config.init_from:  # otherwise the last offline evaluation is the one at the switch
+            write_log(run, "online", evaluation_values(run))
     train(run, "online", online_chunk, config.online_steps, received)
     run.bar.close()
     plot_curve(folder)

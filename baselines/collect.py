@@ -14,18 +14,18 @@ policy of any checkpoint of these scripts, deterministic or sampled.
 
 Training and evaluation happen in a maze with one start and one goal cell, those of D4RL's antmaze:
 an episode ends at the goal with reward 1, so that the score is the success rate. Start and goal
-are uniform within half a cell about the cell's centre, in the data as in the evaluation.
+are up to a quarter of a cell off their cell's centre, in the data as in the evaluation.
 
 Deviations from D4RL's maze2d sets (scripts/generation/generate_maze2d_datasets.py):
- 1. An episode ends at its goal, the start is drawn anew, and the goal is part of the observation,
-    as in antmaze. In maze2d nothing ends: the ball rolls on from goal to goal, and no algorithm
-    is told where they are.
+ 1. An episode ends at its goal, the next start is drawn anew, and the observation contains the
+    goal, as in antmaze. In maze2d nothing ends: the ball rolls on from goal to goal, and the
+    observation does not say where they are.
  2. 30 % of the goals are in the evaluation's goal cell, as in our antmaze sets; the others are
     uniform over the free cells, as all are in maze2d.
- 3. Gymnasium-Robotics' mazes and its goal radius of 0.45, not D4RL's maps and 0.5.
- 4. Breadth-first search for D4RL's Q-iteration: the same lengths. Waypoints are the centres of
-    the cells; D4RL's are shifted by up to 0.2, and the speed there must be below 0.1 per step.
- 5. Noise 0.5 is the default; in D4RL it is an option, which its released sets do not say.
+ 3. Gymnasium-Robotics' PointMaze: its goal radius is 0.45 and the offset above 0.25, not 0.5, 0.1.
+ 4. Breadth-first search, not Q-iteration, plans the path: the lengths are the same. Waypoints are
+    the cells' centres; D4RL moves each of them by up to 0.2.
+ 5. The noise of 0.5 is the default; in D4RL it is an option.
 
 Of a checkpoint, the policy network alone acts: what a script does to its actions afterwards, for
 example a search by the critic, is not in the data.
@@ -65,8 +65,6 @@ import platform
 import subprocess
 import sys
 import time
-import zipfile
-import zlib
 from collections import deque
 from functools import partial
 from pathlib import Path
@@ -284,10 +282,12 @@ def fail(message, code=2):
     raise SystemExit(code)
 
 
-def make_env(spec, render_mode=None):
+def make_env(spec, **keywords):
     """The environment of a specification (JSON); dict observations flattened in sorted order."""
-    env = gym.make(gym.envs.registration.EnvSpec.from_json(spec), render_mode=render_mode)
+    env = gym.make(gym.envs.registration.EnvSpec.from_json(spec), **keywords)
     if isinstance(env.observation_space, gym.spaces.Dict):
+        space = gym.spaces.Dict(dict(sorted(env.observation_space.items())))
+        env = gym.wrappers.TransformObservation(env, lambda x: x, space)
         env = gym.wrappers.FlattenObservation(env)
     return env
 
@@ -375,16 +375,20 @@ def restore(template, arrays, prefix, path):
 
 def load_checkpoint(path):
     """(arrays, meta, path read) of a checkpoint or a run folder. Every byte is checked (the zip's
-    CRC-32); for a damaged or missing file the previous one is taken, with a warning."""
+    CRC-32); for a damaged or missing file the one before is taken, with a warning."""
     path = Path(path) / "checkpoint.npz" if Path(path).is_dir() else Path(path)
-    damage = (OSError, ValueError, KeyError, EOFError, MemoryError, NotImplementedError)
+    warnings = []
     for candidate in (path, path.with_suffix(".previous.npz")):
         try:
             with np.load(candidate, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
-            return arrays, json.loads(arrays.pop("meta").tobytes()), candidate
-        except (*damage, zipfile.BadZipFile, zlib.error) as error:
-            print(f"warning: {candidate}: {type(error).__name__}: {error}", file=sys.stderr)
+            meta = json.loads(arrays.pop("meta").tobytes())
+        except Exception as error:  # a damaged file fails in many ways
+            warnings.append(f"warning: {candidate}: {type(error).__name__}: {error}")
+        else:
+            for warning in warnings:
+                print(warning, file=sys.stderr)
+            return arrays, meta, candidate
     return fail(f"{path}: no readable checkpoint")
 
 
@@ -424,7 +428,7 @@ def episode_buffer(observations, actions, rewards, terminations, truncations):
 
 
 def policy_episodes(env, policy, num_steps, seed):
-    """At least `num_steps` steps of `policy(observation (O,), step) -> action (A,)`, as episodes."""
+    """Episodes of `policy(observation (O,), step) -> action (A,)`, of `num_steps` or a few more."""
     steps, episode = 0, 0
     while steps < num_steps:
         observation, _ = env.reset(seed=episode_seed(3, seed, episode))
@@ -440,8 +444,8 @@ def policy_episodes(env, policy, num_steps, seed):
 
 
 def write_dataset(name, episodes, env, eval_env, algorithm, description):
-    """Write a Minari dataset with both environments, provenance, versions and reference returns:
-    of `env`, which the episodes are from, and of `eval_env`, where agents train and are scored.
+    """Write a Minari dataset with provenance, versions, reference returns and two environments:
+    `env`, which the episodes are from, and `eval_env`, where agents train and are scored.
 
     Its HDF5 file is packed afterwards (compressed, small headers): a third of the size.
     """
@@ -459,10 +463,11 @@ def write_dataset(name, episodes, env, eval_env, algorithm, description):
         code_permalink=f"{Path(__file__).name}, git {versions(Path(__file__), None)['git_commit']}",
         requirements=[f"{package}=={importlib.metadata.version(package)}" for package in packages],
     )
-    known = {} if np.isnan(high) else {"ref_max_score": high}
-    dataset.storage.update_metadata(known | {"ref_min_score": random})
     file = Path(dataset.storage.data_path) / "main_data.hdf5"
     pack(file)
+    known = {} if np.isnan(high) else {"ref_max_score": high}
+    known |= {"ref_min_score": random, "dataset_size": dataset.storage.get_size()}
+    dataset.storage.update_metadata(known)
     returns = np.array([episode.rewards.sum() for episode in episodes])
     score = "" if np.isnan(high) else f", score {100 * (returns.mean() - low) / (high - low):.1f}"
     print(f"dataset   {name}: {sum(len(e.rewards) for e in episodes):,} steps, {len(episodes)} "

@@ -55,8 +55,6 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
-import zlib
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,6 +71,7 @@ import numpy as np
 import optax
 import tyro
 from flax.training.train_state import TrainState
+from minari.dataset.minari_dataset import parse_dataset_id
 from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------- Config
@@ -127,7 +126,8 @@ RANGES = {  # smallest and largest accepted value
     "eval_episodes": (1, 10**4), "log_interval": (1, 10**9), "batch_size": (1, 10**6),
     "discount": (0.0, 1.0), "tau": (0.0, 1.0), "utd_ratio": (1, 1000),
     "learning_rate": (0.0, 1.0), "num_critics": (1, 100), "seed": (0, 2**31 - 1),
-    "warmup_steps": (1, 10**9), "buffer_size": (1, 10**9),
+    "warmup_steps": (1, 10**9), "buffer_size": (1, 10**9), "dataset_steps": (1, 10**9),
+    "reward_scale": (1e-9, 1e9), "reward_shift": (-1e9, 1e9),
 }
 
 METRICS = {  # every column of metrics.csv that is the algorithm's own, with its healthy range
@@ -330,9 +330,10 @@ def online_batch(dataset, buffer, key, batch_size):
 
 def sample_action(state, observation, key):
     """The training policy's action (A,) in one observation (O,); uniform before any update."""
+    policy_key, uniform_key = jax.random.split(key)
     policy = state.actor.apply_fn(state.actor.params, observation[None])
-    action = policy.sample(seed=key)[0]  # (A,)
-    uniform = jax.random.uniform(key, action.shape, minval=-1.0, maxval=1.0)  # (A,)
+    action = policy.sample(seed=policy_key)[0]  # (A,)
+    uniform = jax.random.uniform(uniform_key, action.shape, minval=-1.0, maxval=1.0)  # (A,)
     return jnp.where(state.critic.step == 0, uniform, action)
 
 
@@ -378,16 +379,33 @@ def environment_spec(path, env_id):
             return gym.make(env_id).spec.to_json()
         if path.is_file():
             fail(f"--dataset {path}: a flat file does not name its environment, add --env-id ID")
-        return minari.MinariDataset(path).recover_environment(eval_env=True).spec.to_json()
+        return open_minari(path).recover_environment(eval_env=True).spec.to_json()
     except (gym.error.Error, ImportError, ValueError, OSError) as error:
         hint = "; pip install gymnasium-robotics" if "robotics" in str(error) else ""
         return fail(f"no environment: {' '.join(str(error).split())}{hint}")
 
 
-def make_env(spec, render_mode=None):
+def open_minari(path):
+    """The Minari dataset in a folder; a damaged one is refused."""
+    try:
+        return minari.MinariDataset(path)
+    except Exception as error:  # Minari checks nothing: a damaged file fails in many ways
+        return fail_damaged(path, error)
+
+
+def fail_damaged(path, error):
+    """Refuse a file that cannot be read."""
+    fault = " ".join(f"{type(error).__name__}: {error}".split())
+    fail(f"{path}: unreadable ({fault}): damaged or cut off? Fetch it again, from Minari by "
+         "minari.download_dataset(id, force_download=True)")
+
+
+def make_env(spec, **keywords):
     """The environment of a specification (JSON); dict observations flattened in sorted order."""
-    env = gym.make(gym.envs.registration.EnvSpec.from_json(spec), render_mode=render_mode)
+    env = gym.make(gym.envs.registration.EnvSpec.from_json(spec), **keywords)
     if isinstance(env.observation_space, gym.spaces.Dict):
+        space = gym.spaces.Dict(dict(sorted(env.observation_space.items())))
+        env = gym.wrappers.TransformObservation(env, lambda x: x, space)
         env = gym.wrappers.FlattenObservation(env)
     return env
 
@@ -398,8 +416,8 @@ def check_spaces(observation_space, action_space, name):
     if not box or not np.isfinite([action_space.low, action_space.high]).all():
         fail(f"{name}: actions are {action_space}; only bounded vectors are supported")
     flat = gym.spaces.utils.flatten_space(observation_space)
-    dtype = getattr(observation_space, "dtype", None)
-    if not isinstance(flat, gym.spaces.Box) or dtype == np.uint8:
+    image = observation_space.dtype == np.uint8 or len(observation_space.shape or ()) > 1
+    if not isinstance(flat, gym.spaces.Box) or image:
         fail(f"{name}: observations are {observation_space}; only vectors are supported, no images")
 
 
@@ -721,17 +739,29 @@ def save_checkpoint(path, arrays, meta):
 
 def load_checkpoint(path):
     """(arrays, meta, path read) of a checkpoint or a run folder. Every byte is checked (the zip's
-    CRC-32); for a damaged or missing file the previous one is taken, with a warning."""
+    CRC-32); for a damaged or missing file the one before is taken, with a warning."""
     path = Path(path) / "checkpoint.npz" if Path(path).is_dir() else Path(path)
-    damage = (OSError, ValueError, KeyError, EOFError, MemoryError, NotImplementedError)
+    warnings = []
     for candidate in (path, path.with_suffix(".previous.npz")):
         try:
             with np.load(candidate, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
-            return arrays, json.loads(arrays.pop("meta").tobytes()), candidate
-        except (*damage, zipfile.BadZipFile, zlib.error) as error:
-            print(f"warning: {candidate}: {type(error).__name__}: {error}", file=sys.stderr)
+            meta = json.loads(arrays.pop("meta").tobytes())
+        except Exception as error:  # a damaged file fails in many ways
+            warnings.append(f"warning: {candidate}: {type(error).__name__}: {error}")
+        else:
+            for warning in warnings:
+                print(warning, file=sys.stderr)
+            return arrays, meta, candidate
     return fail(f"{path}: no readable checkpoint")
+
+
+def load_own_checkpoint(path):
+    """load_checkpoint, refusing another script's."""
+    arrays, meta, found = load_checkpoint(path)
+    if meta.get("script") != Path(__file__).stem:
+        fail(f"{found}: a checkpoint of {meta.get('script')}.py, not of {Path(__file__).name}")
+    return arrays, meta, found
 
 
 def save_run(run):
@@ -753,9 +783,7 @@ def save_run(run):
 
 def restore_agent(run, source):
     """Put agent and transform of a checkpoint into `run`; returns the checkpoint."""
-    arrays, meta, found = load_checkpoint(source)
-    if meta["script"] != Path(__file__).stem:
-        fail(f"{found}: a checkpoint of {meta['script']}.py, not of {Path(__file__).name}")
+    arrays, meta, found = load_own_checkpoint(source)
     state = restore(to_host(run.shards), arrays, "state", found)
     run.shards = to_devices(state, run.devices)
     names = [field.name for field in dataclasses.fields(Transform)]
@@ -780,7 +808,9 @@ def check_config(config):
         if not low <= getattr(config, name) <= high:
             flag = f"--{name.replace('_', '-')}"
             fail(f"{flag} {getattr(config, name)}: must be in [{low}, {high}]")
-    if config.eval_interval % config.log_interval:
+    if not all(1 <= width <= 10**5 for width in config.hidden_dims):
+        fail(f"--hidden-dims {config.hidden_dims}: must be in [1, 100000]")
+    if config.preset != "auto" and config.eval_interval % config.log_interval:
         fail(f"--eval-interval must be a multiple of --log-interval {config.log_interval}")
 
 
@@ -812,16 +842,16 @@ def parse_config(arguments):
     parse = partial(tyro.cli, Config, args=arguments, description=__doc__)
     config = parse()
     if config.eval_only:
-        _, meta, _ = load_checkpoint(config.eval_only)
+        _, meta, _ = load_own_checkpoint(config.eval_only)
         default = dataclasses.replace(config_from(meta["config"]), eval_only=config.eval_only)
         return parse(default=default), None, meta["spec"]
     recorded = Path(config.resume or "", "config.json")
     if config.resume and recorded.is_file():
-        default = config_from(json.loads(recorded.read_text()))
+        default = config_from(json.loads(recorded.read_text() or "{}"))
         config = parse(default=default)
         check_resumed(config, default)
         return config, *locate(config)[:2]
-    check_config(config)
+    check_config(dataclasses.replace(config, preset="auto"))  # the preset is still to come
     path, spec, auto = locate(config)
     preset = auto if config.preset == "auto" else config.preset
     if preset not in PRESETS:
@@ -886,7 +916,8 @@ def open_log(run):
     path = run.folder / "metrics.csv"
     lines = path.read_text().splitlines()[: run.rows + 1] if run.rows else [",".join(COLUMNS)]
     path.write_text("\n".join(lines) + "\n")
-    total = getattr(run.config, "offline_steps", 0) + run.config.online_steps
+    offline = 0 if run.config.init_from else getattr(run.config, "offline_steps", 0)
+    total = offline + run.config.online_steps
     run.bar = tqdm(total=total, initial=run.offline + run.online, disable=None, smoothing=0.05)
     if run.config.wandb:
         try:
@@ -919,7 +950,8 @@ def write_log(run, phase, values):
     run.rows += run.config.num_seeds
     means = {name: float(np.mean(value)) for name, value in values.items()}
     run.bar.set_description(phase, refresh=False)
-    run.shown |= {"updates/s": f"{means['updates_per_second']:.0f}"}
+    if "updates_per_second" in means:
+        run.shown |= {"updates/s": f"{means['updates_per_second']:.0f}"}
     if "return" in means:
         score = f"  score {means['score']:6.1f}" if np.isfinite(means["score"]) else ""
         tqdm.write(f"{phase:7} {step:>9,}  return {means['return']:8.1f}{score}  "
@@ -1156,7 +1188,7 @@ def episode_buffer(observations, actions, rewards, terminations, truncations):
 
 
 def policy_episodes(env, policy, num_steps, seed):
-    """At least `num_steps` steps of `policy(observation (O,), step) -> action (A,)`, as episodes."""
+    """Episodes of `policy(observation (O,), step) -> action (A,)`, of `num_steps` or a few more."""
     steps, episode = 0, 0
     while steps < num_steps:
         observation, _ = env.reset(seed=episode_seed(3, seed, episode))
@@ -1171,32 +1203,37 @@ def policy_episodes(env, policy, num_steps, seed):
         episode += 1
 
 
-def write_dataset(name, episodes, spec, algorithm, description):
-    """Write a Minari dataset with the environment, provenance, versions and reference returns.
+def write_dataset(name, episodes, env, eval_env, algorithm, description):
+    """Write a Minari dataset with provenance, versions, reference returns and two environments:
+    `env`, which the episodes are from, and `eval_env`, where agents train and are scored.
 
     Its HDF5 file is packed afterwards (compressed, small headers): a third of the size.
     """
-    env, episodes = make_env(spec), list(episodes)
-    env.action_space.seed(0)
-    uniform = policy_episodes(env, lambda *_: env.action_space.sample(), 10_000, 0)
+    episodes, spec = list(episodes), eval_env.spec.to_json()
+    eval_env.action_space.seed(0)
+    uniform = policy_episodes(make_env(spec), lambda *_: eval_env.action_space.sample(), 10_000, 0)
     random = float(np.mean([episode.rewards.sum() for episode in uniform]))
-    expert = reference_returns(spec)[1]
-    packages = {p: importlib.metadata.version(p) for p in ("gymnasium", "mujoco", "minari")}
+    low, high, source = reference_returns(spec)
+    packages = ["gymnasium", "mujoco", "minari"]
+    packages += ["gymnasium-robotics"] if "gymnasium_robotics" in spec else []
     dataset = minari.create_dataset_from_buffers(
-        name, episodes, env=env, eval_env=env, algorithm_name=algorithm, description=description,
-        author="offline-to-online reference implementations", author_email="none",
+        name, episodes, env=env, eval_env=eval_env, algorithm_name=algorithm,
+        description=description, author="offline-to-online reference implementations",
+        author_email="none",
         code_permalink=f"{Path(__file__).name}, git {versions(Path(__file__), None)['git_commit']}",
-        requirements=[f"{name}=={version}" for name, version in packages.items()],
+        requirements=[f"{package}=={importlib.metadata.version(package)}" for package in packages],
     )
     file = Path(dataset.storage.data_path) / "main_data.hdf5"
     pack(file)
-    known = {} if np.isnan(expert) else {"ref_max_score": expert}
+    known = {} if np.isnan(high) else {"ref_max_score": high}
     known |= {"ref_min_score": random, "dataset_size": dataset.storage.get_size()}
     dataset.storage.update_metadata(known)
     returns = np.array([episode.rewards.sum() for episode in episodes])
+    score = "" if np.isnan(high) else f", score {100 * (returns.mean() - low) / (high - low):.1f}"
     print(f"dataset   {name}: {sum(len(e.rewards) for e in episodes):,} steps, {len(episodes)} "
-          f"episodes, return {returns.mean():.1f} ({returns.min():.1f} ... {returns.max():.1f}), "
-          f"{file.stat().st_size / 1e6:.1f} MB; a random policy's return {random:.1f}")
+          f"episodes, return {returns.mean():.1f} ({returns.min():.1f} ... {returns.max():.1f})"
+          f"{score} ({source}), {file.stat().st_size / 1e6:.1f} MB; a random policy's return "
+          f"{random:.1f}")
 
 
 def pack(path):
@@ -1216,49 +1253,15 @@ def pack(path):
     os.replace(packed, path)
 
 
-# -------------------------------------------------------------------------------------------- main
-
-
-def main(arguments=None):
-    gym.logger.min_level = gym.logger.ERROR  # no warnings that a -v4 environment is not the newest
-    config, _, spec = parse_config(arguments)
-    use_all_cores(config.num_seeds)
-    if config.eval_only:
-        evaluate_checkpoint(config, spec)
-        return
-    received = catch_signals()
-    eval_envs = [make_env(spec) for _ in range(config.num_seeds * config.eval_episodes)]
-    folder, devices = open_folder(config, None), seed_devices(config.num_seeds)
-    box = eval_envs[0].action_space
-    sizes = eval_envs[0].observation_space.shape[0], box.shape[0]
-    transform = Transform(
-        np.zeros(sizes[0]), np.ones(sizes[0]), (box.high + box.low) / 2, (box.high - box.low) / 2,
-        np.array(config.reward_scale), np.array(config.reward_shift),
-    )
-    shards = create_shards(config, *sizes, devices)
-    run = Run(config, spec, folder, devices, transform, shards, eval_envs, [None] * len(devices))
-    if (folder / "checkpoint.npz").exists():
-        resume_run(run)
-    elif config.init_from:
-        restore_agent(run, config.init_from)
-        run.shards = [s.replace(key=fresh.key) for s, fresh in zip(run.shards, shards, strict=True)]
-    print(f"env       {json.loads(spec)['id']}; score: {reference_returns(spec)[2]}")
-    print(f"run       {folder}", flush=True)
-    open_log(run)
-    if run.rollout is None:
-        start_online(run)
-    train(run, "online", online_chunk, config.online_steps, received)
-    run.bar.close()
-    plot_curve(folder)
-    about = f"seed {config.seed}, {config.online_steps:,} steps; {' '.join(sys.argv)}"
-    if config.save_dataset:
-        write_dataset(config.save_dataset, buffer_episodes(run), spec, "SAC, its replay", about)
-    if config.dataset_policy:
-        num_steps = min(config.online_steps, config.dataset_steps)
-        sampled = policy_episodes(make_env(spec), sampling_policy(run), num_steps, config.seed)
-        write_dataset(config.dataset_policy, sampled, spec, "SAC, final policy, sampled", about)
-    if config.video:
-        film(run, folder / "video.mp4")
+def check_new_dataset(flag, name):
+    """Refuse a dataset id that Minari would not write, before the work is done."""
+    try:
+        parse_dataset_id(name)
+    except (ValueError, TypeError):  # TypeError: Minari's, where the version is missing
+        fail(f"{flag} {name}: not a Minari id, which has the form group/name-v0")
+    folder = Path(minari.storage.get_dataset_path(name))
+    if folder.exists():
+        fail(f"{flag} {name}: exists, in {folder}; another id, or first `minari delete {name}`")
 
 
 def sampling_policy(run):
@@ -1271,6 +1274,63 @@ def sampling_policy(run):
         return run.transform.environment_actions(action)
 
     return policy
+
+
+def write_datasets(run):
+    """The datasets that the command line asks for."""
+    config, env = run.config, make_env(run.spec)
+    about = f"seed {config.seed}, {config.online_steps:,} steps; {' '.join(sys.argv)}"
+    if config.save_dataset:
+        episodes = buffer_episodes(run)
+        write_dataset(config.save_dataset, episodes, env, env, "SAC, its replay", about)
+    if config.dataset_policy:
+        num_steps = min(config.online_steps, config.dataset_steps)
+        episodes = policy_episodes(env, sampling_policy(run), num_steps, config.seed)
+        write_dataset(config.dataset_policy, episodes, env, env, "SAC, sampled policy", about)
+
+
+# -------------------------------------------------------------------------------------------- main
+
+
+def main(arguments=None):
+    gym.logger.min_level = gym.logger.ERROR  # no warnings that a -v4 environment is not the newest
+    config, _, spec = parse_config(arguments)
+    use_all_cores(config.num_seeds)
+    if config.eval_only:
+        evaluate_checkpoint(config, spec)
+        return
+    for flag in ("save_dataset", "dataset_policy"):
+        if getattr(config, flag):
+            check_new_dataset(f"--{flag.replace('_', '-')}", getattr(config, flag))
+    received = catch_signals()
+    eval_envs = [make_env(spec) for _ in range(config.num_seeds * config.eval_episodes)]
+    if config.init_from:
+        load_own_checkpoint(config.init_from)  # refuse a bad one before the folder is made
+    folder, devices = open_folder(config, None), seed_devices(config.num_seeds)
+    box = eval_envs[0].action_space
+    sizes = eval_envs[0].observation_space.shape[0], box.shape[0]
+    transform = Transform(
+        np.zeros(sizes[0]), np.ones(sizes[0]), (box.high + box.low) / 2, (box.high - box.low) / 2,
+        np.array(config.reward_scale), np.array(config.reward_shift),
+    )
+    shards = create_shards(config, *sizes, devices)
+    run = Run(config, spec, folder, devices, transform, shards, eval_envs, [None] * len(devices))
+    if any(folder.glob("checkpoint*.npz")):
+        resume_run(run)
+    elif config.init_from:
+        restore_agent(run, config.init_from)
+        run.shards = [s.replace(key=fresh.key) for s, fresh in zip(run.shards, shards, strict=True)]
+    print(f"env       {json.loads(spec)['id']}; score: {reference_returns(spec)[2]}")
+    print(f"run       {folder}", flush=True)
+    open_log(run)
+    if run.rollout is None:
+        start_online(run)
+    train(run, "online", online_chunk, config.online_steps, received)
+    run.bar.close()
+    plot_curve(folder)
+    write_datasets(run)
+    if config.video:
+        film(run, folder / "video.mp4")
 
 
 if __name__ == "__main__":

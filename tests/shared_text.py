@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MAY_DIFFER = {
     "Config", "PRESETS", "RANGES", "METRICS", "AgentState", "create_agent_state", "update_step",
     "online_batch", "sample_action", "mode_actions", "critic_loss", "actor_loss", "value_loss",
-    "temperature_loss", "describe", "main",
+    "temperature_loss", "locate", "describe", "main",
 }  # fmt: skip
 
 

@@ -104,8 +104,8 @@ def test_segment_ends_carry_their_next_observation(iql, read):
     np.testing.assert_array_equal(arrays["ends"], ENDS)
     assert arrays["keep"].all()
     np.testing.assert_array_equal(arrays["next_observations"], NEXT_OBSERVATIONS)
-    batch = iql.agent_batch(arrays, identity(iql))
-    np.testing.assert_array_equal(batch.masks, [1, 1, 0, 1, 1, 0, 1, 1, 1])
+    masks = iql.agent_batch(arrays, identity(iql)).masks
+    np.testing.assert_array_equal(masks, [1, 1, 0, 1, 1, 0, 1, 1, 1])
 
 
 def test_a_segment_end_not_in_the_file_stays_unknown(read):
@@ -115,6 +115,13 @@ def test_a_segment_end_not_in_the_file_stays_unknown(read):
 
 def test_a_jump_in_the_observations_ends_a_trajectory(read):
     fields = FLAT | {"next_observations": NEXT_OBSERVATIONS}
+    del fields["timeouts"]
+    np.testing.assert_array_equal(read(fields)["ends"], ENDS)
+
+
+@pytest.mark.xfail(strict=True, reason="iql.py: seg_end_index does not end a trajectory by itself")
+def test_a_segment_end_ends_a_trajectory(read):
+    fields = FLAT | SEGMENTS
     del fields["timeouts"]
     np.testing.assert_array_equal(read(fields)["ends"], ENDS)
 
@@ -266,13 +273,12 @@ def test_dict_observations_are_flattened_like_the_environments(iql, datasets, so
         arrays = iql.read_dataset(path)
         online = iql.make_env(iql.environment_spec(path, None))
         iql.check_dataset(arrays, online, path)
-        wrapper = gym.wrappers.FlattenObservation(env)
-        flat = [wrapper.reset()[0]] + [wrapper.step(np.float32([0]))[0] for _ in range(3)]
-        np.testing.assert_array_equal(arrays["observations"], flat[:-1])
-        np.testing.assert_array_equal(arrays["next_observations"], flat[1:])
-        np.testing.assert_array_equal(online.reset()[0], arrays["observations"][0])
+        for wrapped in (online, gym.wrappers.FlattenObservation(env))[: 1 + sort_keys]:
+            flat = [wrapped.reset()[0]] + [wrapped.step(np.float32([0]))[0] for _ in range(3)]
+            np.testing.assert_array_equal(arrays["observations"], flat[:-1])
+            np.testing.assert_array_equal(arrays["next_observations"], flat[1:])
         if sort_keys:
-            np.testing.assert_array_equal(arrays["observations"][0], [1, 2, 3, 4, 5, 6, 7])
+            np.testing.assert_array_equal(flat[0], [1, 2, 3, 4, 5, 6, 7])
     finally:
         gym.registry.pop("TestGoal-v0")
 

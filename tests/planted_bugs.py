@@ -1,0 +1,200 @@
+"""Would the tests notice? Each bug below is planted, one at a time, in a temporary copy of the
+repository, and the tests that should catch it are run there.
+
+    python tests/planted_bugs.py                     # all: about 10 minutes on one core
+    python tests/planted_bugs.py tau-swapped no-mask # some
+
+Exit code 1 if fewer than 9 of 10 are caught; 2 if a text to replace does not stand (once) in its
+file, a planted text is no Python, or the tests fail without any bug.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LOSSES, LEARNING, DATA = (f"tests/test_{name}.py" for name in ("losses", "learning", "data"))
+IQL, SAC = "algorithms/iql.py", "baselines/sac.py"
+TARGET_Q = "state.critic.apply_fn(state.target_critic_params, batch.observations, batch.actions)\n"
+OWN_Q = "state.critic.apply_fn(state.critic.params, batch.observations, batch.actions)\n"
+STEP = """    state = state.replace(value=value, key=key)
+    actor, actor_info = gradient_step(state.actor, actor_loss, state, batch, actor_key, config)
+"""
+CRITIC_STEP = (
+    "    critic, critic_info = gradient_step(state.critic, critic_loss, state, batch, None, config)\n"
+)
+RESTORE = """    state = restore(to_host(run.shards), arrays, "state", found)
+"""
+
+# name: (file, the text as it stands, the bug, test file, -k expression)
+BUGS = {
+    # The losses
+    "expectile-sign": (IQL, "config.expectile - (u < 0)", "config.expectile - (u > 0)",
+                       LOSSES, "expectile or iql_loss"),
+    "value-without-target": (
+        IQL, f"q = {TARGET_Q}    v = state.value.apply_fn(params",
+        f"q = {OWN_Q}    v = state.value.apply_fn(params", LOSSES, "iql_loss"),
+    "pi-without-target": (
+        IQL, f"q = {TARGET_Q}    v = state.value.apply_fn(state.value.params",
+        f"q = {OWN_Q}    v = state.value.apply_fn(state.value.params", LOSSES, "iql_loss"),
+    "min-to-max": (IQL, "u = q.min(axis=0) - v", "u = q.max(axis=0) - v", LOSSES, "iql_loss"),
+    "weight-sign": (IQL, "jnp.exp(config.beta * advantage)", "jnp.exp(-config.beta * advantage)",
+                    LEARNING, "iql_solves_a_bandit"),
+    "weight-unclipped": (IQL, "jnp.minimum(jnp.exp(config.beta * advantage), config.max_weight)",
+                         "jnp.exp(config.beta * advantage)", LOSSES, "iql_loss or weight"),
+    "mean-instead-of-sum": (IQL, "** 2).mean(axis=1).sum()", "** 2).mean(axis=1).mean()",
+                            LOSSES, "iql_loss"),
+    "no-discount": (IQL, "config.discount * batch.masks * next_v", "batch.masks * next_v",
+                    LEARNING, "chain"),
+    "no-mask": (IQL, "config.discount * batch.masks * next_v", "config.discount * next_v",
+                LEARNING, "chain"),
+    "value-of-the-wrong-state": (
+        IQL, "next_v = state.value.apply_fn(state.value.params, batch.next_observations)",
+        "next_v = state.value.apply_fn(state.value.params, batch.observations)",
+        LEARNING, "chain"),
+    "no-dropout": (IQL, "batch.observations, True, rngs", "batch.observations, False, rngs",
+                   LOSSES, "dropout"),
+    "std-unclipped": (IQL, "jnp.exp(jnp.clip(log_std, -5.0, 2.0))", "jnp.exp(log_std)",
+                      LOSSES, "bounds"),
+    # The update
+    "pi-with-the-old-v": (
+        IQL, STEP, "\n".join([*STEP.splitlines()[::-1], ""]), LOSSES, "iql_updates"),
+    "q-with-the-old-v": (IQL, STEP + CRITIC_STEP, CRITIC_STEP + STEP, LOSSES, "iql_updates"),
+    "tau-swapped": (
+        IQL, "incremental_update(critic.params, state.target_critic_params, config.tau)",
+        "incremental_update(state.target_critic_params, critic.params, config.tau)",
+        LOSSES, "iql_updates"),
+    "target-of-the-old-q": (
+        IQL, "incremental_update(critic.params, state.target",
+        "incremental_update(state.critic.params, state.target", LOSSES, "iql_updates"),
+    "policy-frozen-online": (
+        IQL, "return optax.join_schedules([cosine, constant], [config.offline_steps])",
+        "return cosine", LOSSES, "iql_updates"),
+    "evaluation-samples": (
+        IQL, "return state.actor.apply_fn(state.actor.params, observations).mean()",
+        "return state.actor.apply_fn(state.actor.params, observations).sample(seed=state.key)",
+        LOSSES, "dropout"),
+    # The data
+    "time-limit-ends": (IQL, 'masks=1.0 - arrays["terminals"]', 'masks=1.0 - arrays["ends"]',
+                        LEARNING, "chain"),
+    "next-observation-off-by-one": (
+        IQL, "np.concatenate([observations[1:], observations[-1:]])",
+        "np.concatenate([observations[2:], observations[-2:]])", LEARNING, "chain"),
+    "rows-across-episodes": (IQL, "known = terminals | ~ends", "known = np.ones(len(ends), bool)",
+                             DATA, "dropped or no_kept"),
+    "data-actions-not-rescaled": (
+        IQL, "scaled = (x - self.action_center) / self.action_scale", "scaled = x", DATA, "action"),
+    # The environment
+    "online-time-limit-ends": (
+        IQL, "        if terminated[i] or truncated:\n",
+        "        terminated[i] |= truncated\n        if terminated[i]:\n",
+        LEARNING, "online_transitions"),
+    "next-observation-after-reset": (
+        IQL, "next_observations=run.transform.observations(next_observations),",
+        "next_observations=run.transform.observations(rollout.observations),",
+        LEARNING, "online_transitions"),
+    "reward-not-transformed-online": (
+        IQL, "rewards=run.transform.rewards(rewards),", "rewards=rewards.astype(np.float32),",
+        LEARNING, "online_transitions"),
+    "action-not-rescaled-online": (
+        IQL, "action = run.transform.environment_actions(rollout.actions[i])",
+        "action = rollout.actions[i]", LEARNING, "online_transitions"),
+    "action-not-rescaled-in-evaluation": (
+        IQL, "        actions = run.transform.environment_actions(actions)\n", "",
+        LEARNING, "main_learns"),
+    "evaluation-not-normalised": (
+        IQL, "inputs = split(run.transform.observations(observations), run.devices)",
+        "inputs = split(observations.astype(np.float32), run.devices)", LEARNING, "main_learns"),
+    "insert-off-by-one": (IQL, ".at[buffer.position].set(new)", ".at[buffer.position + 1].set(new)",
+                          LEARNING, "online_transitions"),
+    "union-off-by-one": (IQL, "online_rows[indices - num_offline]",
+                         "online_rows[indices - num_offline + 1]", DATA, "sample_union"),
+    "resumed-without-its-key": (
+        IQL, RESTORE, RESTORE + "    state = state.replace(key=to_host(run.shards).key)\n",
+        LEARNING, "resumed"),
+    # SAC
+    "sac-gradient-into-the-target": (
+        SAC, "state.target_critic_params, batch.next_observations, next_actions",
+        "params, batch.next_observations, next_actions", LOSSES, "sac_loss or sac_updates"),
+    "sac-entropy-sign": (SAC, "next_q.min(axis=0) - temp", "next_q.min(axis=0) + temp",
+                         LOSSES, "sac_loss"),
+    "sac-temperature-sign": (SAC, "temperature * (entropy - target_entropy)",
+                             "temperature * (target_entropy - entropy)", LEARNING, "sac"),
+    "sac-pi-with-the-old-q": (
+        SAC, "    state = state.replace(critic=critic, key=key)\n",
+        "    state = state.replace(key=key)\n", LOSSES, "sac_updates"),
+    "sac-temperature-not-in-pi": (SAC, "temperature * log_prob - q", "log_prob - q",
+                                  LOSSES, "sac_loss"),
+    "sac-not-squashed-in-evaluation": (SAC, "jnp.tanh(policy.distribution.mean())",
+                                       "policy.distribution.mean()", LEARNING, "sac"),
+    "sac-no-uniform-start": (SAC, "jnp.where(state.critic.step == 0, uniform, action)", "action",
+                             LOSSES, "sac_actions"),
+}  # fmt: skip
+
+
+def planted(name):
+    """The whole text of the bug's file with the bug in it."""
+    file, old, new, *_ = BUGS[name]
+    text = (ROOT / file).read_text()
+    if text.count(old) != 1:
+        fail(f"{name}: stands {text.count(old)} times in {file}, not once: {old!r}")
+    text = text.replace(old, new)
+    compile(text, file, "exec")
+    return text
+
+
+def fail(message):
+    print(message, file=sys.stderr)
+    raise SystemExit(2)
+
+
+def passes(folder, file, expression):
+    """Whether the chosen tests pass in the copy."""
+    env = os.environ | {
+        "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1",
+        "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false", "PYTHONDONTWRITEBYTECODE": "1",
+    }
+    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", file]
+    command += ["-k", expression] if expression else []
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+    if done.returncode not in (0, 1):
+        print(done.stdout[-3000:], done.stderr[-3000:], file=sys.stderr)
+        fail(f"pytest {file} -k {expression!r} ended with {done.returncode}")
+    failed = [line.split(" - ")[0].split("::")[-1] for line in done.stdout.splitlines()
+              if line.startswith(("FAILED", "ERROR"))]
+    return done.returncode == 0, failed[0] if failed else ""
+
+
+def main():
+    names = sys.argv[1:] or list(BUGS)
+    texts = {name: planted(name) for name in names}
+    caught = 0
+    with tempfile.TemporaryDirectory() as folder:
+        for part in ("algorithms", "baselines", "tests"):
+            shutil.copytree(ROOT / part, Path(folder, part),
+                            ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", folder)
+        for file in sorted({BUGS[name][3] for name in names}):
+            expressions = sorted({BUGS[name][4] for name in names if BUGS[name][3] == file})
+            if not passes(folder, file, " or ".join(expressions))[0]:
+                fail(f"{file} fails without any bug")
+        for name in names:
+            file, _, _, tests, expression = BUGS[name]
+            clean, begin = Path(folder, file).read_text(), time.time()
+            Path(folder, file).write_text(texts[name])
+            missed, failed = passes(folder, tests, expression)
+            Path(folder, file).write_text(clean)
+            caught += not missed
+            result = "MISSED" if missed else "caught"
+            print(f"{name:34} {Path(file).name:7} {result}  {time.time() - begin:4.0f} s  {failed}",
+                  flush=True)
+    print(f"{caught} of {len(names)} planted bugs caught")
+    raise SystemExit(caught < 0.9 * len(names))
+
+
+if __name__ == "__main__":
+    main()
