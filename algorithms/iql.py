@@ -583,7 +583,8 @@ def check_fields(fields, path):
         if found not in (shape, (*shape, 1)):
             fail(f"{path}: {name} have shape {found}, but {shape} is needed")
         if name in ("terminals", "timeouts") and np.isnan(fields.get(name, 0.0)).any():
-            fail(f"{path}: {name}: not finite, first row {np.isnan(fields[name]).argmax()}")
+            bad = np.isnan(fields[name])
+            fail(f"{path}: {name}: {bad.sum()} rows are not finite, the first is {bad.argmax()}")
     if not np.isin(fields.get("seg_end_index", []), np.arange(num_rows)).all():
         fail(f"{path}: seg_end_index has values that are no rows")
 
@@ -1116,8 +1117,12 @@ def check_resumed(config, recorded):
         fail(f"--resume {config.resume}: that run has another {', '.join(changed)}")
 
 
-def config_from(values):
+def config_from(text):
     """A Config from its JSON form."""
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        fail(f"not the configuration of another script or version, but damaged: {error}")
     unknown = set(values) ^ {field.name for field in dataclasses.fields(Config)}
     if unknown:
         fail(f"configuration of another script or version: {', '.join(sorted(unknown))}")
@@ -1134,11 +1139,11 @@ def parse_config(arguments):
     config = parse()
     if config.eval_only:
         _, meta, _ = load_own_checkpoint(config.eval_only)
-        default = dataclasses.replace(config_from(meta["config"]), eval_only=config.eval_only)
+        default = dataclasses.replace(config_from(json.dumps(meta.get("config", {}))), eval_only=config.eval_only)
         return parse(default=default), None, meta["spec"]
     recorded = Path(config.resume or "", "config.json")
     if config.resume and recorded.is_file():
-        default = config_from(json.loads(recorded.read_text() or "{}"))
+        default = config_from(recorded.read_text())
         config = parse(default=default)
         check_resumed(config, default)
         return config, *locate(config)[:2]

@@ -25,7 +25,8 @@ STEP = """    state = state.replace(value=value, key=key)
     actor, actor_info = gradient_step(state.actor, actor_loss, state, batch, actor_key, config)
 """
 CRITIC_STEP = (
-    "    critic, critic_info = gradient_step(state.critic, critic_loss, state, batch, None, config)\n"
+    "    critic, critic_info = "
+    "gradient_step(state.critic, critic_loss, state, batch, None, config)\n"
 )
 RESTORE = """    state = restore(to_host(run.shards), arrays, "state", found)
 """

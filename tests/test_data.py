@@ -119,7 +119,6 @@ def test_a_jump_in_the_observations_ends_a_trajectory(read):
     np.testing.assert_array_equal(read(fields)["ends"], ENDS)
 
 
-@pytest.mark.xfail(strict=True, reason="iql.py: seg_end_index does not end a trajectory by itself")
 def test_a_segment_end_ends_a_trajectory(read):
     fields = FLAT | SEGMENTS
     del fields["timeouts"]
@@ -259,8 +258,7 @@ class GoalEnv(gym.Env):
         return self.observe(), 0.0, False, self.steps == 3, {}
 
 
-@pytest.mark.parametrize("sort_keys", [True, pytest.param(False, marks=pytest.mark.xfail(
-    strict=True, reason="iql.py: rows are flattened sorted, the environment in its own order"))])
+@pytest.mark.parametrize("sort_keys", [True, False])
 def test_dict_observations_are_flattened_like_the_environments(iql, datasets, sort_keys):
     gym.register("TestGoal-v0", "test_data:GoalEnv", kwargs={"sort_keys": sort_keys})
     try:
@@ -353,7 +351,6 @@ def test_observation_normaliser(iql):
     np.testing.assert_array_equal(off.observations(arrays["observations"]), arrays["observations"])
 
 
-@pytest.mark.xfail(strict=True, reason="iql.py: mean and std are summed in float32")
 def test_the_normaliser_is_exact_on_a_million_rows(iql):
     """A goal that never moves is 0 to the agent, however long the dataset."""
     arrays = {"observations": np.full((1_000_000, 2), 8.5, np.float32), "actions": np.zeros((1, 1))}

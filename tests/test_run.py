@@ -611,39 +611,24 @@ def test_init_from_starts_online_with_that_agent(script, flags, unbroken, tmp_pa
 PAIR = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
-from conftest import load_script
 import jax
+from conftest import load_script
+from test_run import Killed, die, on_call, reused_agents
+
 jax.config.update("jax_num_cpu_devices", 2)  # as on two cores: a device per seed
-iql = load_script("algorithms/iql.py")
-iql.use_all_cores = lambda num_seeds: None
-flags = sys.argv[2:]
-save_run, saves = iql.save_run, []
-
-class Killed(BaseException):
-    pass
-
-def dying(run):
-    saves.append(run)
-    if len(saves) == 2:
-        raise Killed
-    save_run(run)
-
-for name in ("pair", "broken"):
-    os.mkdir(name)
-    os.chdir(name)
-    if name == "broken":
-        iql.save_run = dying
-        try:
-            iql.main([*flags, "--num-seeds", "2"])
-        except Killed:
-            iql.save_run = save_run
-    iql.main([*flags, "--num-seeds", "2"])
-    os.chdir("..")
-for seed in "01":
-    os.mkdir(seed)
-    os.chdir(seed)
-    iql.main([*flags, "--seed", seed])
-    os.chdir("..")
+flags, two = sys.argv[2:], ["--num-seeds", "2"]
+with reused_agents(load_script("algorithms/iql.py")) as iql:
+    for name, more in ("pair", two), ("broken", two), ("0", []), ("1", ["--seed", "1"]):
+        os.mkdir(name)
+        os.chdir(name)
+        if name == "broken":
+            try:
+                with on_call(iql, "step_rollout", 30, die):
+                    iql.main([*flags, *more])
+            except Killed:
+                print("killed")
+        iql.main([*flags, *more])
+        os.chdir("..")
 """
 
 
@@ -656,6 +641,7 @@ def seeds(flags, compile_cache, tmp_path_factory):
     env = os.environ | {"JAX_PLATFORMS": "cpu"} | compile_cache
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    assert "killed" in done.stdout
     return folder
 
 
