@@ -23,8 +23,9 @@ Deviations from the authors' code (github.com/ikostrikov/implicit_q_learning):
  3. Online, a batch is uniform over dataset and new transitions together, like theirs, but the two
     are stored apart: no capacity is lost, and all seeds share one dataset.
  4. The scalar outputs of V and Q are a multiply-and-sum: the same numbers, faster on a CPU.
- 5. PointMaze and the short default budget are ours; the paper has neither. Adroit uses the paper's
-    expectile 0.7, beta 0.5; CORL reports better results with 0.8 and 3.
+ 5. Fine-tuning outside antmaze is ours, as are PointMaze and the short default budget. Adroit uses
+    the paper's expectile 0.7, beta 0.5; CORL reports better results with 0.8 and 3.
+ 6. The cosine spans --offline-steps, not a fixed million; evaluations repeat their start states.
 """
 
 # /// script
@@ -50,9 +51,11 @@ Deviations from the authors' code (github.com/ikostrikov/implicit_q_learning):
 #   "imageio-ffmpeg==0.8.1",
 # ]
 # ///
+import contextlib
 import csv
 import dataclasses
 import difflib
+import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -496,14 +499,19 @@ def make_env(spec, **keywords):
 
 
 def check_spaces(observation_space, action_space, name):
-    """Refuse what these scripts cannot learn from: pixels, discrete actions."""
-    box = isinstance(action_space, gym.spaces.Box) and len(action_space.shape) == 1
-    if not box or not np.isfinite([action_space.low, action_space.high]).all():
-        fail(f"{name}: actions are {action_space}; only bounded vectors are supported")
-    flat = gym.spaces.utils.flatten_space(observation_space)
-    image = observation_space.dtype == np.uint8 or len(observation_space.shape or ()) > 1
-    if not isinstance(flat, gym.spaces.Box) or image:
+    """Refuse what these scripts cannot learn from: images, discrete or unbounded actions."""
+
+    def vector(space):
+        if isinstance(space, gym.spaces.Dict):
+            return all(map(vector, space.values()))
+        box = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
+        return box and space.dtype != np.uint8
+
+    if not vector(observation_space):
         fail(f"{name}: observations are {observation_space}; only vectors are supported, no images")
+    bounded = isinstance(action_space, gym.spaces.Box) and action_space.is_bounded()
+    if not bounded or not vector(action_space):
+        fail(f"{name}: actions are {action_space}; only bounded vectors are supported")
 
 
 def flatten_observations(observations):
@@ -541,7 +549,9 @@ def read_minari(path):
 def read_flat_file(path):
     """A .npz or .hdf5 file with D4RL's keys as flat arrays, see read_dataset."""
     with np.load(path) if path.suffix == ".npz" else h5py.File(path, "r") as file:
-        fields = {name: file[name][()] for name in file if hasattr(file[name], "shape")}
+        names = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts",
+                 "seg_end_index", "seg_end_next_observations")
+        fields = {name: file[name][()] for name in names if name in file}
     check_fields(fields, path)
     observations = np.asarray(fields["observations"], np.float32)
     terminals = np.asarray(fields["terminals"], bool).reshape(-1)
@@ -609,6 +619,8 @@ def check_dataset(arrays, env, path):
         if bad.any():
             fail(f"{path}: {name}: {bad.sum()} rows are not finite, the first is {bad.argmax()}")
     check_spaces(env.observation_space, env.action_space, env.spec.id)
+    if env.spec.max_episode_steps is None:
+        fail(f"{env.spec.id}: has no time limit, an evaluation might never end")
     for name, space in (("observations", env.observation_space), ("actions", env.action_space)):
         if arrays[name].shape[1:] != space.shape:
             shape = arrays[name].shape[1:]
@@ -630,6 +642,9 @@ def discounted_returns(rewards, ends, discount):
     return returns
 
 
+ACTION_LIMIT = 1 - 1e-5  # of actions in batches: at 1 a squashed policy's density is not finite
+
+
 @dataclasses.dataclass(frozen=True)
 class Transform:
     """Between the data's and environment's units and the agent's. One object serves dataset,
@@ -649,9 +664,9 @@ class Transform:
         return (np.asarray(x) * self.reward_scale + self.reward_shift).astype(np.float32)
 
     def actions(self, x):
-        """Data -> agent, a hair inside [-1, 1], where a squashed policy's density is finite."""
+        """Data -> agent."""
         scaled = (x - self.action_center) / self.action_scale
-        return np.clip(scaled, -1 + 1e-5, 1 - 1e-5).astype(np.float32)
+        return np.clip(scaled, -ACTION_LIMIT, ACTION_LIMIT).astype(np.float32)
 
     def environment_actions(self, x):
         """Agent -> environment."""
@@ -672,8 +687,11 @@ def fit_transform(arrays, action_space, config):
         center, scale = np.zeros_like(center), np.ones_like(scale)
     reward_scale = config.reward_scale
     if config.normalize_returns:
-        returns = episode_returns(arrays)
-        reward_scale *= 1000.0 / max(returns.max() - returns.min(), 1e-6)
+        span = np.ptp(episode_returns(arrays))
+        if span < 1e-6:
+            fail("--normalize-returns: all trajectories have the same return; turn it off by "
+                 "--no-normalize-returns")
+        reward_scale *= 1000.0 / span
     rewards = np.array(reward_scale), np.array(config.reward_shift)
     return Transform(mean, std, center, scale, *rewards)
 
@@ -826,7 +844,8 @@ def use_all_cores(num_seeds):
     """Before jax starts: one virtual CPU device per core, as far as they divide the seeds."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     divisors = [d for d in range(1, cores + 1) if num_seeds % d == 0]
-    jax.config.update("jax_num_cpu_devices", max(divisors))
+    with contextlib.suppress(RuntimeError):  # jax has started, in a notebook say: as it is
+        jax.config.update("jax_num_cpu_devices", max(divisors))
 
 
 def seed_devices(num_seeds):
@@ -918,7 +937,7 @@ def step_rollout(run):
             rollout.observations[i], _ = rollout.envs[i].reset(seed=seed)
     return Batch(
         observations=run.transform.observations(before),
-        actions=rollout.actions,
+        actions=np.clip(rollout.actions, -ACTION_LIMIT, ACTION_LIMIT),
         rewards=run.transform.rewards(rewards),
         next_observations=run.transform.observations(next_observations),
         masks=1.0 - terminated.astype(np.float32),
@@ -964,7 +983,8 @@ def reference_returns(spec):
     """(random, expert) return of an environment, and where they are from; NaN where none is known.
     A sparse maze that ends at its goal has return 1 or 0: its score is the success rate."""
     spec = json.loads(spec)
-    if "Maze" in spec["id"] and not spec["kwargs"].get("continuing_task", True):
+    ends = not spec["kwargs"].get("continuing_task", True)
+    if "Maze" in spec["id"] and ends and spec["kwargs"].get("reward_type") != "dense":
         return 0.0, 1.0, "success rate in percent"
     if spec["id"] in REFERENCE_RETURNS:
         return *REFERENCE_RETURNS[spec["id"]], "D4RL's, 0 random, 100 expert"
@@ -1002,14 +1022,15 @@ def restore(template, arrays, prefix, path):
 def save_checkpoint(path, arrays, meta):
     """Write arrays and meta (JSON) so that a kill at any moment leaves a whole checkpoint: to a
     temporary file, synced, then renamed; the one before is kept as *.previous.npz."""
-    temporary = path.with_suffix(".tmp")
+    temporary, previous = path.with_suffix(".tmp"), path.with_suffix(".previous.npz")
     try:
         with open(temporary, "wb") as file:
             np.savez(file, meta=np.frombuffer(json.dumps(meta).encode(), np.uint8), **arrays)
             file.flush()
             os.fsync(file.fileno())
         if path.exists():
-            os.replace(path, path.with_suffix(".previous.npz"))
+            previous.unlink(missing_ok=True)
+            os.link(path, previous)
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -1056,7 +1077,8 @@ def save_run(run):
         for i, played in enumerate(run.rollout.played):
             arrays[f"rollout/played/{i}"] = np.array(played, np.float32)
     meta = {"script": Path(__file__).stem, "config": dataclasses.asdict(run.config),
-            "spec": run.spec, "offline": run.offline, "online": run.online, "rows": run.rows}
+            "spec": run.spec, "offline": run.offline, "online": run.online,
+            "log_size": run.log_size}
     save_checkpoint(run.folder / "checkpoint.npz", arrays, meta)
 
 
@@ -1073,7 +1095,8 @@ def restore_agent(run, source):
 def resume_run(run):
     """Go on where the checkpoint in the run's folder left off."""
     arrays, meta, found = restore_agent(run, run.folder)
-    run.offline, run.online, run.rows = meta["offline"], meta["online"], meta["rows"]
+    run.offline, run.online, run.log_size = meta["offline"], meta["online"], meta["log_size"]
+    os.replace(found, run.folder / "checkpoint.npz")  # were it the one before: the last is damaged
     if "rollout/actions" in arrays:
         start_online(run, arrays, found)
 
@@ -1139,12 +1162,16 @@ def parse_config(arguments):
     config = parse()
     if config.eval_only:
         _, meta, _ = load_own_checkpoint(config.eval_only)
-        default = dataclasses.replace(config_from(json.dumps(meta.get("config", {}))), eval_only=config.eval_only)
-        return parse(default=default), None, meta["spec"]
+        default = config_from(json.dumps(meta.get("config", {})))
+        config = parse(default=dataclasses.replace(default, eval_only=config.eval_only))
+        check_config(config)
+        return config, None, meta["spec"]
     recorded = Path(config.resume or "", "config.json")
     if config.resume and recorded.is_file():
         default = config_from(recorded.read_text())
         config = parse(default=default)
+        if config.preset == "auto":
+            config = dataclasses.replace(config, preset=default.preset)
         check_resumed(config, default)
         return config, *locate(config)[:2]
     check_config(dataclasses.replace(config, preset="auto"))  # the preset is still to come
@@ -1155,25 +1182,38 @@ def parse_config(arguments):
     config = parse(default=dataclasses.replace(Config(), **PRESETS[preset]))
     config = dataclasses.replace(config, preset=preset)
     check_config(config)
+    if config.init_from:
+        _, meta, found = load_own_checkpoint(config.init_from)
+        seeds = meta["config"]["num_seeds"]
+        if seeds != config.num_seeds:
+            fail(f"--init-from {found}: has {seeds} seeds, but --num-seeds is {config.num_seeds}")
     return config, path, spec
 
 
 def open_folder(config, dataset):
-    """Make the run's folder with config.json and versions.json; refuse one that holds a run."""
-    script = Path(__file__)
+    """Make and lock the run's folder, with config.json and versions.json; refuse one that is in
+    use. Returns (folder, lock): the lock holds until the process ends."""
+    script, made = Path(__file__), versions(Path(__file__), dataset)
     name = f"seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    data = Path(config.dataset or "default").stem if dataset else config.env_id
+    data = Path(config.dataset or "default").with_suffix("") if dataset else Path(config.env_id)
+    data = data.name if data.is_absolute() or ".." in data.parts else data
     folder = Path(config.resume or config.run_dir or Path("runs", script.stem, data, name))
     if (folder / "config.json").exists() and not config.resume:
         fail(f"--run-dir {folder}: holds a run already; go on with it by --resume {folder}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / "lock", "w")  # noqa: SIM115, it stays open
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not (folder / "config.json").exists():
-            (folder / "versions.json").write_text(json.dumps(versions(script, dataset), indent=2))
-        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2))
+            (folder / "versions.json").write_text(json.dumps(made, indent=2))
+        temporary = folder / "config.tmp"
+        temporary.write_text(json.dumps(dataclasses.asdict(config), indent=2))
+        os.replace(temporary, folder / "config.json")
+    except BlockingIOError:
+        fail(f"{folder}: another process is at work in it")
     except OSError as error:
         fail(f"--run-dir {folder}: cannot be written ({error.strerror})")
-    return folder
+    return folder, lock
 
 
 def versions(script, dataset):
@@ -1181,8 +1221,11 @@ def versions(script, dataset):
 
     def git(*words):
         command = ["git", "-C", str(script.resolve().parent), *words]
-        done = subprocess.run(command, capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else None
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            return done.stdout.strip()
+        except (OSError, subprocess.CalledProcessError):  # no git, or no repository
+            return None
 
     def sha256(file):
         return hashlib.sha256(file.read_bytes()).hexdigest()
@@ -1191,7 +1234,7 @@ def versions(script, dataset):
     packages = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
     return {
         "command": sys.argv, "script": script.name, "script_sha256": sha256(script),
-        "git_commit": git("rev-parse", "HEAD"), "git_dirty": bool(git("status", "--porcelain")),
+        "git_commit": git("rev-parse", "HEAD"), "git_status": git("status", "--porcelain"),
         "dataset": str(dataset), "dataset_sha256": sha256(data) if data else None,
         "python": platform.python_version(), "machine": platform.platform(),
         "cores": os.cpu_count(), "device": jax.devices()[0].device_kind,
@@ -1208,10 +1251,14 @@ COLUMNS = ["phase", "step", "seed", *METRICS, "episode_return", "episode_length"
 
 
 def open_log(run):
-    """metrics.csv, cut to the rows the checkpoint knows of, or new; progress bar; wandb."""
+    """metrics.csv, cut where the checkpoint was made, or new; progress bar; wandb."""
     path = run.folder / "metrics.csv"
-    lines = path.read_text().splitlines()[: run.rows + 1] if run.rows else [",".join(COLUMNS)]
-    path.write_text("\n".join(lines) + "\n")
+    if not run.log_size:
+        path.write_text(",".join(COLUMNS) + "\n")
+    elif not path.is_file() or path.stat().st_size < run.log_size:
+        fail(f"{path}: shorter than when the checkpoint was made")
+    else:
+        os.truncate(path, run.log_size)
     offline = 0 if run.config.init_from else getattr(run.config, "offline_steps", 0)
     total = offline + run.config.online_steps
     run.bar = tqdm(total=total, initial=run.offline + run.online, disable=None, smoothing=0.05)
@@ -1219,31 +1266,35 @@ def open_log(run):
         try:
             import wandb
 
-            run.wandb = wandb.init(
-                project="offline-to-online", dir=run.folder, id=run.folder.name, resume="allow",
-                config=dataclasses.asdict(run.config),
-            )
+            name = hashlib.sha256(str(run.folder.resolve()).encode()).hexdigest()[:12]
+            run.wandb = wandb.init(project="offline-to-online", dir=run.folder, id=name,
+                                   resume="allow", config=dataclasses.asdict(run.config))
         except Exception as error:  # whatever it is, training goes on without
             print(f"warning: wandb is off: {type(error).__name__}: {error}", file=sys.stderr)
 
 
-def write_log(run, phase, values):
-    """One row of metrics.csv per seed; `values` are (S,) arrays by column. A metric that is not
-    finite ends the run here, before anything is saved."""
-    step = getattr(run, phase)
-    bad = [name for name in METRICS if not np.isfinite(values.get(name, 0.0)).all()]
+def check_finite(run, phase, values):
+    """End the run where a metric or a parameter is not finite, before it is evaluated or saved."""
+    arrays = values | named_arrays(to_host(run.shards), "state")
+    bad = [name for name, array in arrays.items() if not np.isfinite(array).all()]
+    bad = [name for name in bad if name in METRICS or "/" in name]
     if bad:
-        fail(f"{phase} step {step}: not finite: {', '.join(bad)}; the last good checkpoint is "
-             f"{run.folder / 'checkpoint.npz'}", code=3)
+        fail(f"{phase} step {getattr(run, phase)}: not finite: {', '.join(bad[:3])}; the "
+             f"checkpoint in {run.folder} is from before", code=3)
+
+
+def write_log(run, phase, values):
+    """One row of metrics.csv per seed; `values` are (S,) arrays by column."""
+    step = getattr(run, phase)
     try:
         with open(run.folder / "metrics.csv", "a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             for i in range(run.config.num_seeds):
                 row = {k: f"{v[i]:.6g}" for k, v in values.items() if np.isfinite(v[i])}
                 writer.writerow({"phase": phase, "step": step, "seed": run.config.seed + i} | row)
     except OSError as error:
         fail(f"cannot write metrics.csv ({error.strerror})", code=4)
-    run.rows += run.config.num_seeds
+    run.log_size = (run.folder / "metrics.csv").stat().st_size
     means = {name: float(np.mean(value)) for name, value in values.items()}
     run.bar.set_description(phase, refresh=False)
     if "updates_per_second" in means:
@@ -1256,7 +1307,8 @@ def write_log(run, phase, values):
     run.bar.set_postfix(run.shown, refresh=False)
     if run.wandb is not None:
         try:
-            run.wandb.log({f"{phase}/{name}": mean for name, mean in means.items()})
+            logged = {f"{phase}/{name}": mean for name, mean in means.items()}
+            run.wandb.log(logged | {f"{phase}/step": step})
         except Exception as error:  # whatever it is, training goes on without
             print(f"warning: wandb is off: {type(error).__name__}: {error}", file=sys.stderr)
             run.wandb = None
@@ -1277,45 +1329,51 @@ def catch_signals():
     return received
 
 
-def plot_curve(folder):
-    """curve.png: the evaluations of every seed, offline left of the switch, online right of it."""
+def summarize(run):
+    """curve.png, and in words every seed's values at the ends of the phases, and the dip."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    with open(folder / "metrics.csv", newline="") as file:
+    with open(run.folder / "metrics.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["return"]]
     column = "score" if rows and rows[0]["score"] else "return"
-    switch = max([int(row["step"]) for row in rows if row["phase"] == "offline"], default=0)
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    axes.axvline(run.offline, color="black", ls=":", lw=1)
     for seed in dict.fromkeys(row["seed"] for row in rows):
         mine = [row for row in rows if row["seed"] == seed]
-        steps = [int(row["step"]) + switch * (row["phase"] == "online") for row in mine]
+        steps = [int(row["step"]) + run.offline * (row["phase"] == "online") for row in mine]
         axes.plot(steps, [float(row[column]) for row in mine], label=f"seed {seed}")
-    axes.axvline(switch, color="black", ls=":", lw=1)
-    axes.set(xlabel="updates offline | environment steps online", ylabel=column, title=str(folder))
+        last = {row["phase"]: f"{row['phase']} {float(row[column]):.1f}" for row in mine}
+        online = [float(row[column]) for row in mine if row["phase"] == "online"]
+        lowest = f", lowest online {min(online):.1f}" if online else ""
+        print(f"seed {seed:4} {column}: {', then '.join(last.values())}{lowest}")
+    axes.set(xlabel="updates offline | environment steps online", ylabel=column,
+             title=str(run.folder))
     axes.legend(frameon=False)
-    figure.savefig(folder / "curve.png", dpi=150)
+    figure.savefig(run.folder / "curve.png", dpi=150)
     pyplot.close(figure)
+    print(f"curve     {run.folder / 'curve.png'}")
 
 
 def film(run, path):
     """video.mp4: one episode of the first seed's deterministic policy."""
     try:
-        import imageio.v3
+        import imageio.v2
 
         env = make_env(run.spec, render_mode="rgb_array")
         observation, _ = env.reset(seed=episode_seed(2, run.config.seed, 0))
-        frames, ended, seeds = [env.render()], False, run.config.num_seeds // len(run.devices)
-        while not ended:
-            x = np.tile(run.transform.observations(observation), (seeds, 1, 1))  # (S / D, 1, O)
-            action = np.asarray(act_deterministically(run.shards[0], x))[0, 0]  # (A,)
-            action = run.transform.environment_actions(action)
-            observation, _, terminated, truncated, _ = env.step(action)
-            frames.append(env.render())
-            ended = terminated or truncated
-        imageio.v3.imwrite(path, np.stack(frames), fps=env.metadata.get("render_fps", 30))
+        seeds, ended = run.config.num_seeds // len(run.devices), False
+        with imageio.v2.get_writer(path, fps=env.metadata.get("render_fps", 30)) as film:
+            film.append_data(env.render())
+            while not ended:
+                x = np.tile(run.transform.observations(observation), (seeds, 1, 1))  # (S / D, 1, O)
+                action = np.asarray(act_deterministically(run.shards[0], x))[0, 0]  # (A,)
+                action = run.transform.environment_actions(action)
+                observation, _, terminated, truncated, _ = env.step(action)
+                film.append_data(env.render())
+                ended = terminated or truncated
         print(f"film      {path}")
     except Exception as error:  # no display driver, no encoder: the run itself is not to blame
         print(f"warning: no film: {' '.join(str(error).split())}; without a screen MuJoCo needs "
@@ -1339,7 +1397,8 @@ class Run:
     datasets: list  # Batch per device, or None
     offline: int = 0  # updates done
     online: int = 0  # environment steps done, per seed
-    rows: int = 0  # of metrics.csv
+    log_size: int = 0  # bytes of metrics.csv
+    lock: Any = None
     buffers: Any = None  # ReplayBuffer per device, once online
     rollout: Any = None  # Rollout, once online
     bar: Any = None
@@ -1358,14 +1417,16 @@ def create_shards(config, observation_dim, action_dim, devices):
 def start_online(run, saved=None, found=None):
     """Replay buffers, training environments and first actions: new ones, or a checkpoint's."""
     sizes = len(run.transform.observation_mean), len(run.transform.action_center)
-    capacity = min(run.config.buffer_size, run.config.online_steps)
     filled = saved["buffer/rows/rewards"].shape[1] if saved else 0
+    capacity = max(filled, min(run.config.buffer_size, run.config.online_steps))
     buffers = empty_buffers(run.config.num_seeds, filled, *sizes)
     if saved:
         buffers = restore(buffers, saved, "buffer", found)
     pad = empty_buffers(run.config.num_seeds, capacity - filled, *sizes).rows
     rows = jax.tree.map(lambda *xs: np.concatenate(xs, axis=1), buffers.rows, pad)
-    run.buffers = to_devices(buffers.replace(rows=rows), run.devices)
+    # a run with more --online-steps than before: its buffer was full, and has grown
+    position = buffers.size % capacity if filled < capacity else buffers.position
+    run.buffers = to_devices(buffers.replace(rows=rows, position=position), run.devices)
     run.rollout = start_rollout(run, saved)
     if not saved:
         observations = split(run.transform.observations(run.rollout.observations), run.devices)
@@ -1384,17 +1445,18 @@ def offline_chunk(run, num_steps):
 def online_chunk(run, num_steps):
     """`num_steps` environment steps of every seed, each with its updates. Returns the mean
     metrics, (S,), and the mean return and length of the training episodes that ended."""
-    learn, infos = run.online >= run.config.warmup_steps, []
-    step = partial(online_step, config=run.config, learn=learn)
-    for _ in range(num_steps):
+    infos = []
+    for step in range(run.online, run.online + num_steps):
         transitions = split(step_rollout(run), run.devices)
         observations = split(run.transform.observations(run.rollout.observations), run.devices)
         run.buffers = list(map(insert_transitions, run.buffers, transitions))
+        learn = step >= run.config.warmup_steps
+        update = partial(online_step, config=run.config, learn=learn)
         inputs = run.shards, run.buffers, observations, run.datasets
-        run.shards, actions, info = on_every_device(step, *inputs)
+        run.shards, actions, info = on_every_device(update, *inputs)
         run.rollout.actions = to_host(actions)  # (S, A); waits for the device
-        infos.append(info)
-    values = jax.tree.map(lambda *xs: np.mean(xs, axis=0), *map(to_host, infos))
+        infos += [info] * learn
+    values = jax.tree.map(lambda *xs: np.mean(xs, axis=0), *map(to_host, infos)) if infos else {}
     for column, name in ((1, "episode_return"), (2, "episode_length")):
         values[name] = np.full(run.config.num_seeds, np.nan)
         for i in {episode[0] for episode in run.rollout.finished}:
@@ -1407,15 +1469,16 @@ def train(run, phase, chunk, num_steps, received):
     """Chunk by chunk up to `num_steps`: log, evaluate, save, and answer a signal."""
     config, per_step = run.config, run.config.utd_ratio if phase == "online" else 1
     while getattr(run, phase) < num_steps:
-        begin = time.time()
-        size = min(config.log_interval, num_steps - getattr(run, phase))
+        begin, done = time.time(), getattr(run, phase)
+        size = min(config.log_interval - done % config.log_interval, num_steps - done)
         values = chunk(run, size)
-        setattr(run, phase, getattr(run, phase) + size)
+        done += size
+        setattr(run, phase, done)
         seconds = time.time() - begin
-        rate = size * per_step * config.num_seeds / seconds
+        rate = size * per_step * config.num_seeds / seconds if values else 0.0
+        check_finite(run, phase, values)
         values |= {"updates_per_second": np.full(config.num_seeds, rate),
                    "seconds": np.full(config.num_seeds, seconds)}
-        done = getattr(run, phase)
         evaluated = done % config.eval_interval == 0 or done == num_steps
         if evaluated:
             values |= evaluation_values(run)
@@ -1464,22 +1527,6 @@ def describe(run, dataset, arrays):
     print(f"run       {run.folder}", flush=True)
 
 
-def summarize(run, arrays):
-    """The last lines: the data's return, and of every seed the scores around the switch."""
-    with open(run.folder / "metrics.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["return"]]
-    column = "score" if rows and rows[0]["score"] else "return"
-    print(f"data      mean return {episode_returns(arrays).mean():.1f}")
-    for seed in dict.fromkeys(row["seed"] for row in rows):
-        curve = {phase: [float(row[column]) for row in rows
-                         if row["seed"] == seed and row["phase"] == phase]
-                 for phase in ("offline", "online")}
-        parts = [f"{phase} {values[-1]:.1f}" for phase, values in curve.items() if values]
-        dip = f", lowest online {min(curve['online']):.1f}" if curve["online"] else ""
-        print(f"seed {seed:4} {column} {', then '.join(parts)}{dip}")
-    print(f"curve     {run.folder / 'curve.png'}")
-
-
 def main(arguments=None):
     gym.logger.min_level = gym.logger.ERROR  # no warnings that a -v4 environment is not the newest
     config, dataset, spec = parse_config(arguments)
@@ -1492,12 +1539,10 @@ def main(arguments=None):
     arrays = read_dataset(dataset)
     check_dataset(arrays, eval_envs[0], dataset)
     transform = fit_transform(arrays, eval_envs[0].action_space, config)
-    if config.init_from:
-        load_own_checkpoint(config.init_from)  # refuse a bad one before the folder is made
-    folder, devices = open_folder(config, dataset), seed_devices(config.num_seeds)
+    (folder, lock), devices = open_folder(config, dataset), seed_devices(config.num_seeds)
     shards = create_shards(config, *eval_envs[0].observation_space.shape,
                            *eval_envs[0].action_space.shape, devices)
-    run = Run(config, spec, folder, devices, transform, shards, eval_envs, None)
+    run = Run(config, spec, folder, devices, transform, shards, eval_envs, None, lock=lock)
     if any(folder.glob("checkpoint*.npz")):
         resume_run(run)
     elif config.init_from:
@@ -1510,12 +1555,11 @@ def main(arguments=None):
         train(run, "offline", offline_chunk, config.offline_steps, received)
     if config.online_steps and run.rollout is None:
         start_online(run)
-        if config.init_from:  # otherwise the last offline evaluation is the one at the switch
+        if run.offline == 0:  # otherwise the last offline evaluation is the one at the switch
             write_log(run, "online", evaluation_values(run))
     train(run, "online", online_chunk, config.online_steps, received)
     run.bar.close()
-    plot_curve(folder)
-    summarize(run, arrays)
+    summarize(run)
     if config.video:
         film(run, folder / "video.mp4")
 

@@ -292,6 +292,9 @@ def make_env(spec, **keywords):
     return env
 
 
+ACTION_LIMIT = 1 - 1e-5  # of actions in batches: at 1 a squashed policy's density is not finite
+
+
 @dataclasses.dataclass(frozen=True)
 class Transform:
     """Between the data's and environment's units and the agent's. One object serves dataset,
@@ -311,9 +314,9 @@ class Transform:
         return (np.asarray(x) * self.reward_scale + self.reward_shift).astype(np.float32)
 
     def actions(self, x):
-        """Data -> agent, a hair inside [-1, 1], where a squashed policy's density is finite."""
+        """Data -> agent."""
         scaled = (x - self.action_center) / self.action_scale
-        return np.clip(scaled, -1 + 1e-5, 1 - 1e-5).astype(np.float32)
+        return np.clip(scaled, -ACTION_LIMIT, ACTION_LIMIT).astype(np.float32)
 
     def environment_actions(self, x):
         """Agent -> environment."""
@@ -346,7 +349,8 @@ def reference_returns(spec):
     """(random, expert) return of an environment, and where they are from; NaN where none is known.
     A sparse maze that ends at its goal has return 1 or 0: its score is the success rate."""
     spec = json.loads(spec)
-    if "Maze" in spec["id"] and not spec["kwargs"].get("continuing_task", True):
+    ends = not spec["kwargs"].get("continuing_task", True)
+    if "Maze" in spec["id"] and ends and spec["kwargs"].get("reward_type") != "dense":
         return 0.0, 1.0, "success rate in percent"
     if spec["id"] in REFERENCE_RETURNS:
         return *REFERENCE_RETURNS[spec["id"]], "D4RL's, 0 random, 100 expert"
@@ -397,8 +401,11 @@ def versions(script, dataset):
 
     def git(*words):
         command = ["git", "-C", str(script.resolve().parent), *words]
-        done = subprocess.run(command, capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else None
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            return done.stdout.strip()
+        except (OSError, subprocess.CalledProcessError):  # no git, or no repository
+            return None
 
     def sha256(file):
         return hashlib.sha256(file.read_bytes()).hexdigest()
@@ -407,7 +414,7 @@ def versions(script, dataset):
     packages = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
     return {
         "command": sys.argv, "script": script.name, "script_sha256": sha256(script),
-        "git_commit": git("rev-parse", "HEAD"), "git_dirty": bool(git("status", "--porcelain")),
+        "git_commit": git("rev-parse", "HEAD"), "git_status": git("status", "--porcelain"),
         "dataset": str(dataset), "dataset_sha256": sha256(data) if data else None,
         "python": platform.python_version(), "machine": platform.platform(),
         "cores": os.cpu_count(), "device": jax.devices()[0].device_kind,

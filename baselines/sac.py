@@ -43,8 +43,10 @@ Deviations from the paper's code (github.com/rail-berkeley/softlearning):
 #   "imageio-ffmpeg==0.8.1",
 # ]
 # ///
+import contextlib
 import csv
 import dataclasses
+import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -411,14 +413,22 @@ def make_env(spec, **keywords):
 
 
 def check_spaces(observation_space, action_space, name):
-    """Refuse what these scripts cannot learn from: pixels, discrete actions."""
-    box = isinstance(action_space, gym.spaces.Box) and len(action_space.shape) == 1
-    if not box or not np.isfinite([action_space.low, action_space.high]).all():
-        fail(f"{name}: actions are {action_space}; only bounded vectors are supported")
-    flat = gym.spaces.utils.flatten_space(observation_space)
-    image = observation_space.dtype == np.uint8 or len(observation_space.shape or ()) > 1
-    if not isinstance(flat, gym.spaces.Box) or image:
+    """Refuse what these scripts cannot learn from: images, discrete or unbounded actions."""
+
+    def vector(space):
+        if isinstance(space, gym.spaces.Dict):
+            return all(map(vector, space.values()))
+        box = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
+        return box and space.dtype != np.uint8
+
+    if not vector(observation_space):
         fail(f"{name}: observations are {observation_space}; only vectors are supported, no images")
+    bounded = isinstance(action_space, gym.spaces.Box) and action_space.is_bounded()
+    if not bounded or not vector(action_space):
+        fail(f"{name}: actions are {action_space}; only bounded vectors are supported")
+
+
+ACTION_LIMIT = 1 - 1e-5  # of actions in batches: at 1 a squashed policy's density is not finite
 
 
 @dataclasses.dataclass(frozen=True)
@@ -440,9 +450,9 @@ class Transform:
         return (np.asarray(x) * self.reward_scale + self.reward_shift).astype(np.float32)
 
     def actions(self, x):
-        """Data -> agent, a hair inside [-1, 1], where a squashed policy's density is finite."""
+        """Data -> agent."""
         scaled = (x - self.action_center) / self.action_scale
-        return np.clip(scaled, -1 + 1e-5, 1 - 1e-5).astype(np.float32)
+        return np.clip(scaled, -ACTION_LIMIT, ACTION_LIMIT).astype(np.float32)
 
     def environment_actions(self, x):
         """Agent -> environment."""
@@ -547,7 +557,8 @@ def use_all_cores(num_seeds):
     """Before jax starts: one virtual CPU device per core, as far as they divide the seeds."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     divisors = [d for d in range(1, cores + 1) if num_seeds % d == 0]
-    jax.config.update("jax_num_cpu_devices", max(divisors))
+    with contextlib.suppress(RuntimeError):  # jax has started, in a notebook say: as it is
+        jax.config.update("jax_num_cpu_devices", max(divisors))
 
 
 def seed_devices(num_seeds):
@@ -639,7 +650,7 @@ def step_rollout(run):
             rollout.observations[i], _ = rollout.envs[i].reset(seed=seed)
     return Batch(
         observations=run.transform.observations(before),
-        actions=rollout.actions,
+        actions=np.clip(rollout.actions, -ACTION_LIMIT, ACTION_LIMIT),
         rewards=run.transform.rewards(rewards),
         next_observations=run.transform.observations(next_observations),
         masks=1.0 - terminated.astype(np.float32),
@@ -685,7 +696,8 @@ def reference_returns(spec):
     """(random, expert) return of an environment, and where they are from; NaN where none is known.
     A sparse maze that ends at its goal has return 1 or 0: its score is the success rate."""
     spec = json.loads(spec)
-    if "Maze" in spec["id"] and not spec["kwargs"].get("continuing_task", True):
+    ends = not spec["kwargs"].get("continuing_task", True)
+    if "Maze" in spec["id"] and ends and spec["kwargs"].get("reward_type") != "dense":
         return 0.0, 1.0, "success rate in percent"
     if spec["id"] in REFERENCE_RETURNS:
         return *REFERENCE_RETURNS[spec["id"]], "D4RL's, 0 random, 100 expert"
@@ -723,14 +735,15 @@ def restore(template, arrays, prefix, path):
 def save_checkpoint(path, arrays, meta):
     """Write arrays and meta (JSON) so that a kill at any moment leaves a whole checkpoint: to a
     temporary file, synced, then renamed; the one before is kept as *.previous.npz."""
-    temporary = path.with_suffix(".tmp")
+    temporary, previous = path.with_suffix(".tmp"), path.with_suffix(".previous.npz")
     try:
         with open(temporary, "wb") as file:
             np.savez(file, meta=np.frombuffer(json.dumps(meta).encode(), np.uint8), **arrays)
             file.flush()
             os.fsync(file.fileno())
         if path.exists():
-            os.replace(path, path.with_suffix(".previous.npz"))
+            previous.unlink(missing_ok=True)
+            os.link(path, previous)
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -777,7 +790,8 @@ def save_run(run):
         for i, played in enumerate(run.rollout.played):
             arrays[f"rollout/played/{i}"] = np.array(played, np.float32)
     meta = {"script": Path(__file__).stem, "config": dataclasses.asdict(run.config),
-            "spec": run.spec, "offline": run.offline, "online": run.online, "rows": run.rows}
+            "spec": run.spec, "offline": run.offline, "online": run.online,
+            "log_size": run.log_size}
     save_checkpoint(run.folder / "checkpoint.npz", arrays, meta)
 
 
@@ -794,7 +808,8 @@ def restore_agent(run, source):
 def resume_run(run):
     """Go on where the checkpoint in the run's folder left off."""
     arrays, meta, found = restore_agent(run, run.folder)
-    run.offline, run.online, run.rows = meta["offline"], meta["online"], meta["rows"]
+    run.offline, run.online, run.log_size = meta["offline"], meta["online"], meta["log_size"]
+    os.replace(found, run.folder / "checkpoint.npz")  # were it the one before: the last is damaged
     if "rollout/actions" in arrays:
         start_online(run, arrays, found)
 
@@ -847,12 +862,16 @@ def parse_config(arguments):
     config = parse()
     if config.eval_only:
         _, meta, _ = load_own_checkpoint(config.eval_only)
-        default = dataclasses.replace(config_from(json.dumps(meta.get("config", {}))), eval_only=config.eval_only)
-        return parse(default=default), None, meta["spec"]
+        default = config_from(json.dumps(meta.get("config", {})))
+        config = parse(default=dataclasses.replace(default, eval_only=config.eval_only))
+        check_config(config)
+        return config, None, meta["spec"]
     recorded = Path(config.resume or "", "config.json")
     if config.resume and recorded.is_file():
         default = config_from(recorded.read_text())
         config = parse(default=default)
+        if config.preset == "auto":
+            config = dataclasses.replace(config, preset=default.preset)
         check_resumed(config, default)
         return config, *locate(config)[:2]
     check_config(dataclasses.replace(config, preset="auto"))  # the preset is still to come
@@ -863,25 +882,38 @@ def parse_config(arguments):
     config = parse(default=dataclasses.replace(Config(), **PRESETS[preset]))
     config = dataclasses.replace(config, preset=preset)
     check_config(config)
+    if config.init_from:
+        _, meta, found = load_own_checkpoint(config.init_from)
+        seeds = meta["config"]["num_seeds"]
+        if seeds != config.num_seeds:
+            fail(f"--init-from {found}: has {seeds} seeds, but --num-seeds is {config.num_seeds}")
     return config, path, spec
 
 
 def open_folder(config, dataset):
-    """Make the run's folder with config.json and versions.json; refuse one that holds a run."""
-    script = Path(__file__)
+    """Make and lock the run's folder, with config.json and versions.json; refuse one that is in
+    use. Returns (folder, lock): the lock holds until the process ends."""
+    script, made = Path(__file__), versions(Path(__file__), dataset)
     name = f"seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    data = Path(config.dataset or "default").stem if dataset else config.env_id
+    data = Path(config.dataset or "default").with_suffix("") if dataset else Path(config.env_id)
+    data = data.name if data.is_absolute() or ".." in data.parts else data
     folder = Path(config.resume or config.run_dir or Path("runs", script.stem, data, name))
     if (folder / "config.json").exists() and not config.resume:
         fail(f"--run-dir {folder}: holds a run already; go on with it by --resume {folder}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / "lock", "w")  # noqa: SIM115, it stays open
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not (folder / "config.json").exists():
-            (folder / "versions.json").write_text(json.dumps(versions(script, dataset), indent=2))
-        (folder / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=2))
+            (folder / "versions.json").write_text(json.dumps(made, indent=2))
+        temporary = folder / "config.tmp"
+        temporary.write_text(json.dumps(dataclasses.asdict(config), indent=2))
+        os.replace(temporary, folder / "config.json")
+    except BlockingIOError:
+        fail(f"{folder}: another process is at work in it")
     except OSError as error:
         fail(f"--run-dir {folder}: cannot be written ({error.strerror})")
-    return folder
+    return folder, lock
 
 
 def versions(script, dataset):
@@ -889,8 +921,11 @@ def versions(script, dataset):
 
     def git(*words):
         command = ["git", "-C", str(script.resolve().parent), *words]
-        done = subprocess.run(command, capture_output=True, text=True)
-        return done.stdout.strip() if done.returncode == 0 else None
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            return done.stdout.strip()
+        except (OSError, subprocess.CalledProcessError):  # no git, or no repository
+            return None
 
     def sha256(file):
         return hashlib.sha256(file.read_bytes()).hexdigest()
@@ -899,7 +934,7 @@ def versions(script, dataset):
     packages = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
     return {
         "command": sys.argv, "script": script.name, "script_sha256": sha256(script),
-        "git_commit": git("rev-parse", "HEAD"), "git_dirty": bool(git("status", "--porcelain")),
+        "git_commit": git("rev-parse", "HEAD"), "git_status": git("status", "--porcelain"),
         "dataset": str(dataset), "dataset_sha256": sha256(data) if data else None,
         "python": platform.python_version(), "machine": platform.platform(),
         "cores": os.cpu_count(), "device": jax.devices()[0].device_kind,
@@ -916,10 +951,14 @@ COLUMNS = ["phase", "step", "seed", *METRICS, "episode_return", "episode_length"
 
 
 def open_log(run):
-    """metrics.csv, cut to the rows the checkpoint knows of, or new; progress bar; wandb."""
+    """metrics.csv, cut where the checkpoint was made, or new; progress bar; wandb."""
     path = run.folder / "metrics.csv"
-    lines = path.read_text().splitlines()[: run.rows + 1] if run.rows else [",".join(COLUMNS)]
-    path.write_text("\n".join(lines) + "\n")
+    if not run.log_size:
+        path.write_text(",".join(COLUMNS) + "\n")
+    elif not path.is_file() or path.stat().st_size < run.log_size:
+        fail(f"{path}: shorter than when the checkpoint was made")
+    else:
+        os.truncate(path, run.log_size)
     offline = 0 if run.config.init_from else getattr(run.config, "offline_steps", 0)
     total = offline + run.config.online_steps
     run.bar = tqdm(total=total, initial=run.offline + run.online, disable=None, smoothing=0.05)
@@ -927,31 +966,35 @@ def open_log(run):
         try:
             import wandb
 
-            run.wandb = wandb.init(
-                project="offline-to-online", dir=run.folder, id=run.folder.name, resume="allow",
-                config=dataclasses.asdict(run.config),
-            )
+            name = hashlib.sha256(str(run.folder.resolve()).encode()).hexdigest()[:12]
+            run.wandb = wandb.init(project="offline-to-online", dir=run.folder, id=name,
+                                   resume="allow", config=dataclasses.asdict(run.config))
         except Exception as error:  # whatever it is, training goes on without
             print(f"warning: wandb is off: {type(error).__name__}: {error}", file=sys.stderr)
 
 
-def write_log(run, phase, values):
-    """One row of metrics.csv per seed; `values` are (S,) arrays by column. A metric that is not
-    finite ends the run here, before anything is saved."""
-    step = getattr(run, phase)
-    bad = [name for name in METRICS if not np.isfinite(values.get(name, 0.0)).all()]
+def check_finite(run, phase, values):
+    """End the run where a metric or a parameter is not finite, before it is evaluated or saved."""
+    arrays = values | named_arrays(to_host(run.shards), "state")
+    bad = [name for name, array in arrays.items() if not np.isfinite(array).all()]
+    bad = [name for name in bad if name in METRICS or "/" in name]
     if bad:
-        fail(f"{phase} step {step}: not finite: {', '.join(bad)}; the last good checkpoint is "
-             f"{run.folder / 'checkpoint.npz'}", code=3)
+        fail(f"{phase} step {getattr(run, phase)}: not finite: {', '.join(bad[:3])}; the "
+             f"checkpoint in {run.folder} is from before", code=3)
+
+
+def write_log(run, phase, values):
+    """One row of metrics.csv per seed; `values` are (S,) arrays by column."""
+    step = getattr(run, phase)
     try:
         with open(run.folder / "metrics.csv", "a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
+            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
             for i in range(run.config.num_seeds):
                 row = {k: f"{v[i]:.6g}" for k, v in values.items() if np.isfinite(v[i])}
                 writer.writerow({"phase": phase, "step": step, "seed": run.config.seed + i} | row)
     except OSError as error:
         fail(f"cannot write metrics.csv ({error.strerror})", code=4)
-    run.rows += run.config.num_seeds
+    run.log_size = (run.folder / "metrics.csv").stat().st_size
     means = {name: float(np.mean(value)) for name, value in values.items()}
     run.bar.set_description(phase, refresh=False)
     if "updates_per_second" in means:
@@ -964,7 +1007,8 @@ def write_log(run, phase, values):
     run.bar.set_postfix(run.shown, refresh=False)
     if run.wandb is not None:
         try:
-            run.wandb.log({f"{phase}/{name}": mean for name, mean in means.items()})
+            logged = {f"{phase}/{name}": mean for name, mean in means.items()}
+            run.wandb.log(logged | {f"{phase}/step": step})
         except Exception as error:  # whatever it is, training goes on without
             print(f"warning: wandb is off: {type(error).__name__}: {error}", file=sys.stderr)
             run.wandb = None
@@ -985,45 +1029,51 @@ def catch_signals():
     return received
 
 
-def plot_curve(folder):
-    """curve.png: the evaluations of every seed, offline left of the switch, online right of it."""
+def summarize(run):
+    """curve.png, and in words every seed's values at the ends of the phases, and the dip."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    with open(folder / "metrics.csv", newline="") as file:
+    with open(run.folder / "metrics.csv", newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["return"]]
     column = "score" if rows and rows[0]["score"] else "return"
-    switch = max([int(row["step"]) for row in rows if row["phase"] == "offline"], default=0)
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    axes.axvline(run.offline, color="black", ls=":", lw=1)
     for seed in dict.fromkeys(row["seed"] for row in rows):
         mine = [row for row in rows if row["seed"] == seed]
-        steps = [int(row["step"]) + switch * (row["phase"] == "online") for row in mine]
+        steps = [int(row["step"]) + run.offline * (row["phase"] == "online") for row in mine]
         axes.plot(steps, [float(row[column]) for row in mine], label=f"seed {seed}")
-    axes.axvline(switch, color="black", ls=":", lw=1)
-    axes.set(xlabel="updates offline | environment steps online", ylabel=column, title=str(folder))
+        last = {row["phase"]: f"{row['phase']} {float(row[column]):.1f}" for row in mine}
+        online = [float(row[column]) for row in mine if row["phase"] == "online"]
+        lowest = f", lowest online {min(online):.1f}" if online else ""
+        print(f"seed {seed:4} {column}: {', then '.join(last.values())}{lowest}")
+    axes.set(xlabel="updates offline | environment steps online", ylabel=column,
+             title=str(run.folder))
     axes.legend(frameon=False)
-    figure.savefig(folder / "curve.png", dpi=150)
+    figure.savefig(run.folder / "curve.png", dpi=150)
     pyplot.close(figure)
+    print(f"curve     {run.folder / 'curve.png'}")
 
 
 def film(run, path):
     """video.mp4: one episode of the first seed's deterministic policy."""
     try:
-        import imageio.v3
+        import imageio.v2
 
         env = make_env(run.spec, render_mode="rgb_array")
         observation, _ = env.reset(seed=episode_seed(2, run.config.seed, 0))
-        frames, ended, seeds = [env.render()], False, run.config.num_seeds // len(run.devices)
-        while not ended:
-            x = np.tile(run.transform.observations(observation), (seeds, 1, 1))  # (S / D, 1, O)
-            action = np.asarray(act_deterministically(run.shards[0], x))[0, 0]  # (A,)
-            action = run.transform.environment_actions(action)
-            observation, _, terminated, truncated, _ = env.step(action)
-            frames.append(env.render())
-            ended = terminated or truncated
-        imageio.v3.imwrite(path, np.stack(frames), fps=env.metadata.get("render_fps", 30))
+        seeds, ended = run.config.num_seeds // len(run.devices), False
+        with imageio.v2.get_writer(path, fps=env.metadata.get("render_fps", 30)) as film:
+            film.append_data(env.render())
+            while not ended:
+                x = np.tile(run.transform.observations(observation), (seeds, 1, 1))  # (S / D, 1, O)
+                action = np.asarray(act_deterministically(run.shards[0], x))[0, 0]  # (A,)
+                action = run.transform.environment_actions(action)
+                observation, _, terminated, truncated, _ = env.step(action)
+                film.append_data(env.render())
+                ended = terminated or truncated
         print(f"film      {path}")
     except Exception as error:  # no display driver, no encoder: the run itself is not to blame
         print(f"warning: no film: {' '.join(str(error).split())}; without a screen MuJoCo needs "
@@ -1047,7 +1097,8 @@ class Run:
     datasets: list  # Batch per device, or None
     offline: int = 0  # updates done
     online: int = 0  # environment steps done, per seed
-    rows: int = 0  # of metrics.csv
+    log_size: int = 0  # bytes of metrics.csv
+    lock: Any = None
     buffers: Any = None  # ReplayBuffer per device, once online
     rollout: Any = None  # Rollout, once online
     bar: Any = None
@@ -1066,14 +1117,16 @@ def create_shards(config, observation_dim, action_dim, devices):
 def start_online(run, saved=None, found=None):
     """Replay buffers, training environments and first actions: new ones, or a checkpoint's."""
     sizes = len(run.transform.observation_mean), len(run.transform.action_center)
-    capacity = min(run.config.buffer_size, run.config.online_steps)
     filled = saved["buffer/rows/rewards"].shape[1] if saved else 0
+    capacity = max(filled, min(run.config.buffer_size, run.config.online_steps))
     buffers = empty_buffers(run.config.num_seeds, filled, *sizes)
     if saved:
         buffers = restore(buffers, saved, "buffer", found)
     pad = empty_buffers(run.config.num_seeds, capacity - filled, *sizes).rows
     rows = jax.tree.map(lambda *xs: np.concatenate(xs, axis=1), buffers.rows, pad)
-    run.buffers = to_devices(buffers.replace(rows=rows), run.devices)
+    # a run with more --online-steps than before: its buffer was full, and has grown
+    position = buffers.size % capacity if filled < capacity else buffers.position
+    run.buffers = to_devices(buffers.replace(rows=rows, position=position), run.devices)
     run.rollout = start_rollout(run, saved)
     if not saved:
         observations = split(run.transform.observations(run.rollout.observations), run.devices)
@@ -1085,17 +1138,18 @@ def start_online(run, saved=None, found=None):
 def online_chunk(run, num_steps):
     """`num_steps` environment steps of every seed, each with its updates. Returns the mean
     metrics, (S,), and the mean return and length of the training episodes that ended."""
-    learn, infos = run.online >= run.config.warmup_steps, []
-    step = partial(online_step, config=run.config, learn=learn)
-    for _ in range(num_steps):
+    infos = []
+    for step in range(run.online, run.online + num_steps):
         transitions = split(step_rollout(run), run.devices)
         observations = split(run.transform.observations(run.rollout.observations), run.devices)
         run.buffers = list(map(insert_transitions, run.buffers, transitions))
+        learn = step >= run.config.warmup_steps
+        update = partial(online_step, config=run.config, learn=learn)
         inputs = run.shards, run.buffers, observations, run.datasets
-        run.shards, actions, info = on_every_device(step, *inputs)
+        run.shards, actions, info = on_every_device(update, *inputs)
         run.rollout.actions = to_host(actions)  # (S, A); waits for the device
-        infos.append(info)
-    values = jax.tree.map(lambda *xs: np.mean(xs, axis=0), *map(to_host, infos))
+        infos += [info] * learn
+    values = jax.tree.map(lambda *xs: np.mean(xs, axis=0), *map(to_host, infos)) if infos else {}
     for column, name in ((1, "episode_return"), (2, "episode_length")):
         values[name] = np.full(run.config.num_seeds, np.nan)
         for i in {episode[0] for episode in run.rollout.finished}:
@@ -1108,15 +1162,16 @@ def train(run, phase, chunk, num_steps, received):
     """Chunk by chunk up to `num_steps`: log, evaluate, save, and answer a signal."""
     config, per_step = run.config, run.config.utd_ratio if phase == "online" else 1
     while getattr(run, phase) < num_steps:
-        begin = time.time()
-        size = min(config.log_interval, num_steps - getattr(run, phase))
+        begin, done = time.time(), getattr(run, phase)
+        size = min(config.log_interval - done % config.log_interval, num_steps - done)
         values = chunk(run, size)
-        setattr(run, phase, getattr(run, phase) + size)
+        done += size
+        setattr(run, phase, done)
         seconds = time.time() - begin
-        rate = size * per_step * config.num_seeds / seconds
+        rate = size * per_step * config.num_seeds / seconds if values else 0.0
+        check_finite(run, phase, values)
         values |= {"updates_per_second": np.full(config.num_seeds, rate),
                    "seconds": np.full(config.num_seeds, seconds)}
-        done = getattr(run, phase)
         evaluated = done % config.eval_interval == 0 or done == num_steps
         if evaluated:
             values |= evaluation_values(run)
@@ -1308,9 +1363,7 @@ def main(arguments=None):
             check_new_dataset(f"--{flag.replace('_', '-')}", getattr(config, flag))
     received = catch_signals()
     eval_envs = [make_env(spec) for _ in range(config.num_seeds * config.eval_episodes)]
-    if config.init_from:
-        load_own_checkpoint(config.init_from)  # refuse a bad one before the folder is made
-    folder, devices = open_folder(config, None), seed_devices(config.num_seeds)
+    (folder, lock), devices = open_folder(config, None), seed_devices(config.num_seeds)
     box = eval_envs[0].action_space
     sizes = eval_envs[0].observation_space.shape[0], box.shape[0]
     transform = Transform(
@@ -1318,7 +1371,8 @@ def main(arguments=None):
         np.array(config.reward_scale), np.array(config.reward_shift),
     )
     shards = create_shards(config, *sizes, devices)
-    run = Run(config, spec, folder, devices, transform, shards, eval_envs, [None] * len(devices))
+    datasets = [None] * len(devices)
+    run = Run(config, spec, folder, devices, transform, shards, eval_envs, datasets, lock=lock)
     if any(folder.glob("checkpoint*.npz")):
         resume_run(run)
     elif config.init_from:
@@ -1331,7 +1385,7 @@ def main(arguments=None):
         start_online(run)
     train(run, "online", online_chunk, config.online_steps, received)
     run.bar.close()
-    plot_curve(folder)
+    summarize(run)
     write_datasets(run)
     if config.video:
         film(run, folder / "video.mp4")
