@@ -619,8 +619,6 @@ def check_dataset(arrays, env, path):
         if bad.any():
             fail(f"{path}: {name}: {bad.sum()} rows are not finite, the first is {bad.argmax()}")
     check_spaces(env.observation_space, env.action_space, env.spec.id)
-    if env.spec.max_episode_steps is None:
-        fail(f"{env.spec.id}: has no time limit, an evaluation might never end")
     for name, space in (("observations", env.observation_space), ("actions", env.action_space)):
         if arrays[name].shape[1:] != space.shape:
             shape = arrays[name].shape[1:]

@@ -254,7 +254,7 @@ def test_copied_alone_it_runs(name, alone):
     assert [f.relative_to(script.folder).parts[:3] for f in folders] == [("runs", stem, data)]
     left = {path.name for path in folders[0].iterdir()}
     wanted = {"config.json", "versions.json", "metrics.csv", "checkpoint.npz", "curve.png"}
-    assert left == wanted | {"checkpoint.previous.npz"}
+    assert left == wanted | {"checkpoint.previous.npz", "lock"}
     assert sorted(os.listdir(script.folder)) == sorted([f"{stem}.py", "runs"])
     assert (folders[0] / "curve.png").read_bytes().startswith(b"\x89PNG")
     config = json.loads((folders[0] / "config.json").read_text())
@@ -265,7 +265,7 @@ def test_copied_alone_it_runs(name, alone):
 def test_versions_make_the_run_again(name, alone, pendulum):
     script = alone(name)
     record = json.loads(next(script.folder.glob("runs/*/*/*/versions.json")).read_text())
-    needed = {"command", "script", "script_sha256", "git_commit", "git_dirty", "dataset",
+    needed = {"command", "script", "script_sha256", "git_commit", "git_status", "dataset",
               "dataset_sha256", "python", "machine", "cores", "device", "xla_flags", "packages",
               "started"}  # fmt: skip
     assert needed <= set(record)
