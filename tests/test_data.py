@@ -334,10 +334,11 @@ def test_reward_transform(iql, read, settings, scale, shift):
     np.testing.assert_allclose(iql.agent_batch(arrays, transform).rewards, expected, rtol=1e-6)
 
 
-def test_equal_returns_do_not_divide_by_zero(iql, read):
+def test_equal_returns_cannot_be_normalized(iql, read, capsys):
     arrays = read(FLAT | {"rewards": np.zeros(9)})
-    transform = iql.fit_transform(arrays, box([-1], [1]), iql.Config(normalize_returns=True))
-    np.testing.assert_array_equal(transform.rewards(np.zeros(2)), [0, 0])
+    with pytest.raises(SystemExit):
+        iql.fit_transform(arrays, box([-1], [1]), iql.Config(normalize_returns=True))
+    assert "--no-normalize-returns" in capsys.readouterr().err
 
 
 def test_observation_normaliser(iql):

@@ -246,7 +246,7 @@ def make_minari(name, observation_space=None, action_space=None, env="Pendulum-v
 def test_good_minari_dataset_gets_as_far_as_making_agents(iql, refused):
     make_minari("test/good-v0")
     with pytest.raises(AssertionError, match="before agents are made"):
-        iql.main(["--dataset", "test/good-v0", *SMOKE])
+        iql.main(["--dataset", "test/good-v0", *SMOKE, "--no-normalize-returns"])
 
 
 @pytest.mark.parametrize("part", [0.05, 0.5, 0.95])
@@ -385,7 +385,9 @@ def test_unknown_preset(refused, good):
 def make_run(iql, folder, arguments):
     """The folder of a run that was started with these arguments, as far as its records."""
     config, dataset, _ = iql.parse_config([str(argument) for argument in arguments])
-    return iql.open_folder(iql.dataclasses.replace(config, run_dir=str(folder)), dataset)
+    folder, lock = iql.open_folder(iql.dataclasses.replace(config, run_dir=str(folder)), dataset)
+    lock.close()
+    return folder
 
 
 def test_existing_run_folder(iql, refused, good, tmp_path):
