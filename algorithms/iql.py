@@ -1023,12 +1023,12 @@ def save_checkpoint(path, arrays, meta):
     temporary, previous = path.with_suffix(".tmp"), path.with_suffix(".previous.npz")
     try:
         with open(temporary, "wb") as file:
-            np.savez(file, meta=np.frombuffer(json.dumps(meta).encode(), np.uint8), **arrays)
+            text = json.dumps(meta | {"arrays": sorted(arrays)}).encode()
+            np.savez(file, meta=np.frombuffer(text, np.uint8), **arrays)
             file.flush()
             os.fsync(file.fileno())
         if path.exists():
-            previous.unlink(missing_ok=True)
-            os.link(path, previous)
+            os.replace(path, previous)
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
@@ -1043,8 +1043,12 @@ def load_checkpoint(path):
     for candidate in (path, path.with_suffix(".previous.npz")):
         try:
             with np.load(candidate, allow_pickle=False) as file:
+                if file.zip.testzip():  # NumPy reads, and checks, only as far as a header says
+                    raise ValueError("wrong checksum")
                 arrays = {name: file[name] for name in file.files}
             meta = json.loads(arrays.pop("meta").tobytes())
+            if meta["arrays"] != sorted(arrays):
+                raise ValueError("arrays are missing")
         except Exception as error:  # a damaged file fails in many ways
             warnings.append(f"warning: {candidate}: {type(error).__name__}: {error}")
         else:
@@ -1482,9 +1486,10 @@ def train(run, phase, chunk, num_steps, received):
             values |= evaluation_values(run)
         write_log(run, phase, values)
         run.bar.update(size)
-        if evaluated or received:
+        leaving = bool(received)  # read once: a signal may come while we save
+        if evaluated or leaving:
             save_run(run)
-        if received:
+        if leaving:
             run.bar.close()
             name = signal.Signals(received[0]).name
             print(f"{name}: saved; go on with --resume {run.folder}", file=sys.stderr)

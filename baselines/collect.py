@@ -385,8 +385,12 @@ def load_checkpoint(path):
     for candidate in (path, path.with_suffix(".previous.npz")):
         try:
             with np.load(candidate, allow_pickle=False) as file:
+                if file.zip.testzip():  # NumPy reads, and checks, only as far as a header says
+                    raise ValueError("wrong checksum")
                 arrays = {name: file[name] for name in file.files}
             meta = json.loads(arrays.pop("meta").tobytes())
+            if meta["arrays"] != sorted(arrays):
+                raise ValueError("arrays are missing")
         except Exception as error:  # a damaged file fails in many ways
             warnings.append(f"warning: {candidate}: {type(error).__name__}: {error}")
         else:

@@ -154,10 +154,11 @@ def fail(message):
 
 
 def passes(folder, file, expression):
-    """Whether the chosen tests pass in the copy."""
+    """Whether the chosen tests pass in the copy, and the first that fails with its reason."""
     env = os.environ | {
         "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1",
         "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false", "PYTHONDONTWRITEBYTECODE": "1",
+        "COLUMNS": "300",  # of pytest's summary: room for the reasons
     }
     command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", file]
     command += ["-k", expression] if expression else []
@@ -165,7 +166,7 @@ def passes(folder, file, expression):
     if done.returncode not in (0, 1):
         print(done.stdout[-3000:], done.stderr[-3000:], file=sys.stderr)
         fail(f"pytest {file} -k {expression!r} ended with {done.returncode}")
-    failed = [line.split(" - ")[0].split("::")[-1] for line in done.stdout.splitlines()
+    failed = [line.split("::")[-1][:110] for line in done.stdout.splitlines()
               if line.startswith(("FAILED", "ERROR"))]
     return done.returncode == 0, failed[0] if failed else ""
 
