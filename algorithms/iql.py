@@ -1477,9 +1477,9 @@ def train(run, phase, chunk, num_steps, received):
         done += size
         setattr(run, phase, done)
         seconds = time.time() - begin
-        rate = size * per_step * config.num_seeds / seconds if values else 0.0
+        updates = size * per_step * config.num_seeds if set(METRICS) & set(values) else 0
         check_finite(run, phase, values)
-        values |= {"updates_per_second": np.full(config.num_seeds, rate),
+        values |= {"updates_per_second": np.full(config.num_seeds, updates / seconds),
                    "seconds": np.full(config.num_seeds, seconds)}
         evaluated = done % config.eval_interval == 0 or done == num_steps
         if evaluated:

@@ -2,7 +2,7 @@
 
     python results/records.py run iql --data ../shared/data/d4rl_samples --runs /tmp/runs
     python results/records.py collect /tmp/runs     # run folders -> results/records/*.json
-    python results/records.py tables                # results/records/*.json -> results/README.md
+    python results/records.py tables                # -> results/README.md, and README.md's table
 
 `run` starts one single-threaded process per core and goes on where it was stopped: finished runs
 are left alone, others resumed from their checkpoints.
@@ -124,24 +124,28 @@ def collect(runs):
 
 
 def tables():
-    """results/README.md and one figure per group of records."""
+    """results/README.md, the same table in README.md, and one figure per group of records."""
     groups = {}
     for path in sorted((ROOT / "results" / "records").glob("**/seed*.json")):
         name = str(path.parent.relative_to(ROOT / "results" / "records"))
         groups.setdefault(name, []).append(json.loads(path.read_text()))
-    lines = ["# Results", "", ABOUT, "",
-             "| run | seeds | updates offline | steps online | unit | offline | online | dip |",
+    table = ["| run | seeds | updates offline | steps online | unit | offline | online | dip |",
              "|---|---|---|---|---|---|---|---|"]
     for name, records in groups.items():
         config = records[0]["config"]
         cells = [show([record[key] for record in records]) for key in ("offline", "online", "dip")]
-        lines.append(f"| [{name}](records/{name}) | {len(records)} | "
-                     f"{config.get('offline_steps', 0):,} | {config['online_steps']:,} | "
-                     f"{records[0]['unit']} | {' | '.join(cells)} |")
+        table.append(f"| {name} | {len(records)} | {config.get('offline_steps', 0):,} | "
+                     f"{config['online_steps']:,} | {records[0]['unit']} | {' | '.join(cells)} |")
         plot(name, records)
-    lines += ["", *[f"![{name}](figures/{name.replace('/', '-')}.png)" for name in groups], ""]
+    figures = [f"![{name}](figures/{name.replace('/', '-')}.png)" for name in groups]
+    lines = ["# Results", "", ABOUT, "", *table, "", *figures, ""]
     (ROOT / "results" / "README.md").write_text("\n".join(lines))
-    print("\n".join(lines))
+    readme = ROOT / "README.md"
+    before, _, rest = readme.read_text().partition("<!-- results -->")
+    after = rest.partition("<!-- end of results -->")[2]
+    parts = [before, "<!-- results -->\n", "\n".join(table), "\n<!-- end of results -->", after]
+    readme.write_text("".join(parts))
+    print("\n".join(table))
 
 
 def show(values):
