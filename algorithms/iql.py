@@ -60,6 +60,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import logging
 import os
 import platform
 import signal
@@ -445,6 +446,7 @@ def find_dataset(name):
         fail(f"--dataset {name}: unknown; nearest: {', '.join(near)}. For any other Minari dataset "
              f"first `minari download {name}`")
     print(f"{name}: downloading from Minari", flush=True)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are its own affair
     try:
         minari.download_dataset(name, force_download=True)
     except Exception as error:  # network, registry or disk: whatever it is, the data is not here
