@@ -1,6 +1,6 @@
 """Speed and memory of the scripts, beside a bare scan of the same networks: writes speed.md.
 
-    python results/speed.py                  # every case, medians of 5 repetitions
+    python results/speed.py                  # every case, medians of 7 repetitions
     python results/speed.py --only iql       # one script's
 
 A benchmark, not a test: run it on an idle machine. Every case is a process of its own. Sizes are
@@ -30,7 +30,7 @@ CASES = {  # name: (what is measured, unit)
     "iql-start": ("iql.py, process start to the end of the first update, 1M rows", "s"),
     "sac-online-1": ("sac.py online in Hopper-v5, 1 seed, updates included", "steps/s"),
 }
-ROWS, OBSERVATIONS, ACTIONS, STEPS, REPETITIONS = 1_000_000, 11, 3, 500, 5
+ROWS, OBSERVATIONS, ACTIONS, STEPS, REPETITIONS = 1_000_000, 11, 3, 1000, 7
 
 
 def load(name):
@@ -143,7 +143,7 @@ def online(module, num_seeds):
 
 
 def start():
-    """Seconds from the start of a process to the end of its first update, five times."""
+    """Seconds from the start of a process to the end of its first update."""
     import tempfile
 
     import numpy as np
