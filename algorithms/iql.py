@@ -1366,6 +1366,8 @@ def film(run, path):
     try:
         import imageio.v2
 
+        if not os.environ.get("DISPLAY"):
+            os.environ.setdefault("MUJOCO_GL", "egl")
         env = make_env(run.spec, render_mode="rgb_array")
         observation, _ = env.reset(seed=episode_seed(2, run.config.seed, 0))
         seeds, ended = run.config.num_seeds // len(run.devices), False
@@ -1381,7 +1383,7 @@ def film(run, path):
         print(f"film      {path}")
     except Exception as error:  # no display driver, no encoder: the run itself is not to blame
         print(f"warning: no film: {' '.join(str(error).split())}; without a screen MuJoCo needs "
-              "MUJOCO_GL=egl and Debian's libegl1", file=sys.stderr)
+              "Debian's libegl1 (or MUJOCO_GL=osmesa and libosmesa6)", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------- The run

@@ -1,7 +1,7 @@
 """The records of the published numbers: make the runs, keep one JSON each, and the tables.
 
     python results/records.py run iql --data ../shared/data/d4rl_samples --runs /tmp/runs
-    python results/records.py collect /tmp/runs     # run folders -> results/records/*.json
+    python results/records.py collect /tmp/runs     # run folders -> results/records/**.json
     python results/records.py tables                # -> results/README.md, and README.md's table
 
 `run` starts one single-threaded process per core and goes on where it was stopped: finished runs
@@ -101,8 +101,11 @@ def record(folder):
     online = [point[column] for point in curve if point["phase"] == "online"]
     seconds = {phase: sum(float(row["seconds"]) for row in rows if row["phase"] == phase)
                for phase in ("offline", "online")}
+    steps = {phase: max([int(row["step"]) for row in rows if row["phase"] == phase], default=0)
+             for phase in ("offline", "online")}
     return {
         "unit": column,
+        "steps": steps,
         "offline": offline[-1] if offline else None,
         "online": online[-1] if online else None,
         "lowest_online": min(online) if online else None,
@@ -115,11 +118,11 @@ def record(folder):
 
 
 def collect(runs):
-    """results/records/<script>/<name>/seed<k>.json of every finished run below `runs`."""
-    for png in sorted(runs.glob("**/curve.png")):
-        path = ROOT / "results" / "records" / png.parent.relative_to(runs).with_suffix(".json")
+    """results/records/<script>/<name>/seed<k>.json of every run below `runs`."""
+    for folder in sorted(path.parent for path in runs.glob("**/metrics.csv")):
+        path = ROOT / "results" / "records" / folder.relative_to(runs).with_suffix(".json")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record(png.parent), indent=1) + "\n")
+        path.write_text(json.dumps(record(folder), indent=1) + "\n")
         print(path.relative_to(ROOT))
 
 
@@ -132,10 +135,11 @@ def tables():
     table = ["| run | seeds | updates offline | steps online | unit | offline | online | dip |",
              "|---|---|---|---|---|---|---|---|"]
     for name, records in groups.items():
-        config = records[0]["config"]
         cells = [show([record[key] for record in records]) for key in ("offline", "online", "dip")]
-        table.append(f"| {name} | {len(records)} | {config.get('offline_steps', 0):,} | "
-                     f"{config['online_steps']:,} | {records[0]['unit']} | {' | '.join(cells)} |")
+        done = [", ".join(f"{n:,}" for n in sorted({record["steps"][phase] for record in records}))
+                for phase in ("offline", "online")]
+        table.append(f"| {name} | {len(records)} | {' | '.join(done)} | {records[0]['unit']} | "
+                     f"{' | '.join(cells)} |")
         plot(name, records)
     figures = [f"![{name}](figures/{name.replace('/', '-')}.png)" for name in groups]
     lines = ["# Results", "", ABOUT, "", *table, "", *figures, ""]
@@ -158,7 +162,7 @@ def show(values):
 def plot(name, records):
     """Every seed's evaluations over updates offline and steps online."""
     figure, axes = pyplot.subplots(figsize=(7, 3), layout="constrained")
-    switch = records[0]["config"].get("offline_steps", 0)
+    switch = records[0]["steps"]["offline"]
     for i, each in enumerate(records):
         steps = [p["step"] + switch * (p["phase"] == "online") for p in each["curve"]]
         axes.plot(steps, [p[each["unit"]] for p in each["curve"]], lw=1, label=f"seed {i}")
