@@ -78,6 +78,7 @@ from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------- Config
 
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     # Run
@@ -1208,8 +1209,6 @@ def evaluate_checkpoint(config, spec):
         print(f"seed {config.seed + i}: {row}")
     if config.video:
         film(run, found.parent / "video.mp4")
-
-
 
 
 # ---------------------------------------------------------------------------------------- Dataset
