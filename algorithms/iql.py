@@ -63,6 +63,7 @@ import json
 import logging
 import os
 import platform
+import resource
 import signal
 import subprocess
 import sys
@@ -1194,10 +1195,17 @@ def parse_config(arguments):
     return config, path, spec
 
 
+def write_json(path, value):
+    """Write JSON so that a kill leaves the old file or the new one."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
 def open_folder(config, dataset):
-    """Make and lock the run's folder, with config.json and versions.json; refuse one that is in
-    use. Returns (folder, lock): the lock holds until the process ends."""
-    script, made = Path(__file__), versions(Path(__file__), dataset)
+    """Make and lock the run's folder, with config.json and versions.json (an entry per start);
+    refuse one that is in use. Returns (folder, lock): the lock holds until the process ends."""
+    script = Path(__file__)
     name = f"seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
     data = Path(config.dataset or "default").with_suffix("") if dataset else Path(config.env_id)
     data = data.name if data.is_absolute() or ".." in data.parts else data
@@ -1208,11 +1216,10 @@ def open_folder(config, dataset):
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / "lock", "w")  # noqa: SIM115, it stays open
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not (folder / "config.json").exists():
-            (folder / "versions.json").write_text(json.dumps(made, indent=2))
-        temporary = folder / "config.tmp"
-        temporary.write_text(json.dumps(dataclasses.asdict(config), indent=2))
-        os.replace(temporary, folder / "config.json")
+        starts = folder / "versions.json"
+        earlier = json.loads(starts.read_text()) if starts.exists() else []
+        write_json(starts, [*earlier, versions(script, dataset)])
+        write_json(folder / "config.json", dataclasses.asdict(config))
     except BlockingIOError:
         fail(f"{folder}: another process is at work in it")
     except OSError as error:
@@ -1283,6 +1290,7 @@ def check_finite(run, phase, values):
     bad = [name for name, array in arrays.items() if not np.isfinite(array).all()]
     bad = [name for name in bad if name in METRICS or "/" in name]
     if bad:
+        write_record(run, f"not finite: {', '.join(bad[:3])}")
         fail(f"{phase} step {getattr(run, phase)}: not finite: {', '.join(bad[:3])}; the "
              f"checkpoint in {run.folder} is from before", code=3)
 
@@ -1316,6 +1324,41 @@ def write_log(run, phase, values):
         except Exception as error:  # whatever it is, training goes on without
             print(f"warning: wandb is off: {type(error).__name__}: {error}", file=sys.stderr)
             run.wandb = None
+
+
+def write_record(run, ended):
+    """record.json: what was run, on what, how it ended, and every row with an evaluation."""
+    with open(run.folder / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    evaluations = [row for row in rows if row["return"]]
+    seconds = {phase: sum(float(row["seconds"] or 0) for row in rows if row["phase"] == phase)
+               / run.config.num_seeds for phase in ("offline", "online")}
+    starts = json.loads((run.folder / "versions.json").read_text())
+    state = hashlib.sha256()
+    for array in jax.tree.leaves(to_host(run.shards)):
+        state.update(array.tobytes())
+    dataset, (random, expert, source) = run.datasets[0], reference_returns(run.spec)
+
+    def value(name, text):
+        return text if name == "phase" else float(text) if text else None
+
+    made = ("started", "git_commit", "script_sha256")
+    write_json(run.folder / "record.json", {
+        "ended": ended,  # "finished", a signal's name, or what was not finite
+        "offline": run.offline, "online": run.online,
+        "resumes": len(starts) - 1,
+        "seconds": seconds,  # of training, by phase
+        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "state_sha256": state.hexdigest(),  # of all that training changes in the agents
+        "dataset_rows": None if dataset is None else dataset.rewards.shape[0],
+        "reference": {"random": random, "expert": expert, "source": source}
+        if np.isfinite(expert) else {"source": source},
+        "config": dataclasses.asdict(run.config),
+        "environment": json.loads(run.spec),
+        "starts": [{name: start[name] for name in made} for start in starts],
+        "versions": starts[-1],
+        "curve": {name: [value(name, row[name]) for row in evaluations] for name in COLUMNS},
+    })
 
 
 def catch_signals():
@@ -1496,6 +1539,7 @@ def train(run, phase, chunk, num_steps, received):
         if leaving:
             run.bar.close()
             name = signal.Signals(received[0]).name
+            write_record(run, name)
             print(f"{name}: saved; go on with --resume {run.folder}", file=sys.stderr)
             raise SystemExit(128 + received[0])
 
@@ -1566,6 +1610,7 @@ def main(arguments=None):
             write_log(run, "online", evaluation_values(run))
     train(run, "online", online_chunk, config.online_steps, received)
     run.bar.close()
+    write_record(run, "finished")
     summarize(run)
     if config.video:
         film(run, folder / "video.mp4")

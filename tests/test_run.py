@@ -168,6 +168,11 @@ def assert_same_run(folder, other):
         other_meta[k] for k in ("offline", "online")
     ]
     assert table(folder) == table(other)
+    records = [json.loads((each / "record.json").read_text()) for each in (folder, other)]
+    for name in ("state_sha256", "offline", "online", "ended"):
+        assert records[0][name] == records[1][name], name
+    for name in set(records[0]["curve"]) - {"updates_per_second", "seconds"}:
+        assert records[0]["curve"][name] == records[1]["curve"][name], name
 
 
 @pytest.fixture(scope="module")
@@ -253,8 +258,7 @@ def test_finished_run_does_nothing_new(script, flags, unbroken, tmp_path):
     shutil.copytree(unbroken.folder, tmp_path / "run")
     done = go(script, tmp_path, flags)
     assert (done.code, done.logged) == (0, [])
-    for name in ("checkpoint.npz", "checkpoint.previous.npz", "config.json", "versions.json",
-                 "metrics.csv"):  # fmt: skip
+    for name in ("checkpoint.npz", "checkpoint.previous.npz", "config.json", "metrics.csv"):
         assert (tmp_path / "run" / name).read_bytes() == (unbroken.folder / name).read_bytes(), name
     assert_same_run(tmp_path / "run", unbroken.folder)
 
@@ -479,8 +483,12 @@ def test_signal_saves_and_exits(phase, number, script, flags, unbroken, tmp_path
     assert second == [signal.SIG_DFL] * 3  # a second signal ends the run at once
     _, meta = load(tmp_path / "run")
     assert (meta["offline"], meta["online"]) == SAVED_AT[phase]
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert (record["ended"], record["resumes"]) == (number.name, 0)
     done = go(script, tmp_path, flags)
     assert done.code == 0
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert (record["ended"], record["resumes"]) == ("finished", 1)
     assert_same_run(tmp_path / "run", unbroken.folder)
 
 
@@ -517,6 +525,8 @@ def test_bad_rewards_offline_stop_the_run(script, flags, tmp_path):
         done = go(script, tmp_path, flags)
     assert done.code == 3
     assert "offline step 20" in done.err and "critic_loss" in done.err
+    record = json.loads((tmp_path / "run" / "record.json").read_text())
+    assert "critic_loss" in record["ended"] and record["offline"] == 20
     assert not (tmp_path / "run" / "checkpoint.npz").exists()
 
 

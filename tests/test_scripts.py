@@ -253,7 +253,8 @@ def test_copied_alone_it_runs(name, alone):
     folders = list(script.folder.glob("runs/*/*/*"))
     assert [f.relative_to(script.folder).parts[:3] for f in folders] == [("runs", stem, data)]
     left = {path.name for path in folders[0].iterdir()}
-    wanted = {"config.json", "versions.json", "metrics.csv", "checkpoint.npz", "curve.png"}
+    wanted = {"config.json", "versions.json", "metrics.csv", "record.json",
+              "checkpoint.npz", "curve.png"}
     assert left == wanted | {"checkpoint.previous.npz", "lock"}
     assert sorted(os.listdir(script.folder)) == sorted([f"{stem}.py", "runs"])
     assert (folders[0] / "curve.png").read_bytes().startswith(b"\x89PNG")
@@ -264,7 +265,7 @@ def test_copied_alone_it_runs(name, alone):
 @pytest.mark.parametrize("name", TRAINING)
 def test_versions_make_the_run_again(name, alone, pendulum):
     script = alone(name)
-    record = json.loads(next(script.folder.glob("runs/*/*/*/versions.json")).read_text())
+    (record,) = json.loads(next(script.folder.glob("runs/*/*/*/versions.json")).read_text())
     needed = {"command", "script", "script_sha256", "git_commit", "git_status", "dataset",
               "dataset_sha256", "python", "machine", "cores", "device", "xla_flags", "packages",
               "started"}  # fmt: skip
@@ -276,6 +277,33 @@ def test_versions_make_the_run_again(name, alone, pendulum):
     pins = dict(pin.split("==") for pin in header(ROOT / name)["dependencies"])
     pinned = {re.sub(r"\[.*", "", package) for package in pins}
     assert sorted(pinned - {package.replace("_", "-") for package in record["packages"]}) == []
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_the_record_of_a_run(name, alone):
+    """record.json says how the run ended, and has the evaluations and the agents' digest."""
+    script = alone(name)
+    folder = next(script.folder.glob("runs/*/*/*"))
+    record = json.loads((folder / "record.json").read_text())
+    assert (record["ended"], record["resumes"]) == ("finished", 0)
+    assert record["config"] == json.loads((folder / "config.json").read_text())
+    assert [record["versions"]] == json.loads((folder / "versions.json").read_text())
+    assert record["environment"]["id"] == "Pendulum-v1"
+    assert record["reference"] == {"source": "no reference known, returns are raw"}
+    with open(folder / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    phases = {phase: sum(float(row["seconds"] or 0) for row in rows if row["phase"] == phase)
+              for phase in ("offline", "online")}
+    assert record["seconds"] == pytest.approx(phases)
+    rows = [row for row in rows if row["return"]]
+    assert len(rows) >= 2 and len(rows) == len(record["curve"]["return"])
+    for column, values in record["curve"].items():
+        assert ["" if v is None else str(v) for v in values] == [
+            str(row[column] if column == "phase" else float(row[column]) if row[column] else "")
+            for row in rows], column  # fmt: skip
+    last = {row["phase"]: int(row["step"]) for row in rows}
+    assert (record["offline"], record["online"]) == (last.get("offline", 0), last["online"])
+    assert 100 < record["peak_memory_mb"] < 5000
 
 
 @pytest.mark.parametrize("name", TRAINING)
