@@ -128,7 +128,8 @@ class Config:
     max_weight: float = 100.0  # the weights are clipped here
     num_critics: int = 2  # Q-functions; the minimum counts
     dropout_rate: float = 0.0  # in the policy
-    decay_actor_lr: bool = True  # cosine to 0 over offline_steps; constant online
+    decay_actor_lr: bool = True  # cosine to 0 over offline_steps
+    decay_actor_lr_online: bool = False  # once more over online_steps; else constant there
 
 
 PRESETS = {
@@ -301,12 +302,19 @@ def create_agent_state(key, observation_dim, action_dim, config):
 
 
 def actor_schedule(config):
-    """Learning rate by update: cosine to 0 over the offline phase, then constant."""
-    constant = optax.constant_schedule(config.learning_rate)
-    if not config.decay_actor_lr or config.offline_steps == 0 or config.init_from:
-        return constant
-    cosine = optax.cosine_decay_schedule(config.learning_rate, config.offline_steps)
-    return optax.join_schedules([cosine, constant], [config.offline_steps])
+    """Learning rate by update: cosine to 0 over the offline phase, then constant, or cosine again.
+
+    After --init-from it is constant: the optimiser's count of updates is another run's.
+    """
+    offline = online = optax.constant_schedule(config.learning_rate)
+    if config.init_from:
+        return online
+    if config.decay_actor_lr and config.offline_steps:
+        offline = optax.cosine_decay_schedule(config.learning_rate, config.offline_steps)
+    if config.decay_actor_lr_online and config.online_steps:
+        updates = config.online_steps * config.utd_ratio
+        online = optax.cosine_decay_schedule(config.learning_rate, updates)
+    return optax.join_schedules([offline, online], [config.offline_steps])
 
 
 # ----------------------------------------------------------------------------------------- Losses
@@ -1245,7 +1253,7 @@ def versions(script, dataset):
     packages = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
     return {
         "command": sys.argv, "script": script.name, "script_sha256": sha256(script),
-        "git_commit": git("rev-parse", "HEAD"), "git_status": git("status", "--porcelain"),
+        "git_commit": git("rev-parse", "HEAD"), "git_status": git("status", "--porcelain", "--", script.name),
         "dataset": str(dataset), "dataset_sha256": sha256(data) if data else None,
         "python": platform.python_version(), "machine": platform.platform(),
         "cores": os.cpu_count(), "device": jax.devices()[0].device_kind,

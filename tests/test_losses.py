@@ -384,13 +384,18 @@ def test_terminal_rows_have_no_future(request, name):
 
 
 def test_actor_learning_rate(iql):
-    """Cosine to 0 over the offline updates, then constant; constant where nothing is to decay."""
+    """Cosine to 0 over the offline updates, then constant or another cosine over the online ones;
+    constant where nothing is to decay."""
     config = config_of(iql, offline_steps=100)
     rates = [float(iql.actor_schedule(config)(i)) for i in (0, 50, 99, 100, 101, 10**6)]
     np.testing.assert_allclose(rates, 3e-4 * np.array([1, 0.5, 2.4672e-4, 1, 1, 1]), rtol=1e-3)
     for change in ({"decay_actor_lr": False}, {"init_from": "x"}, {"offline_steps": 0}):
         schedule = iql.actor_schedule(dataclasses.replace(config, **change))
         np.testing.assert_allclose([schedule(i) for i in (0, 50, 99, 200)], 3e-4, rtol=1e-6)
+    config = dataclasses.replace(
+        config, online_steps=100, utd_ratio=2, decay_actor_lr_online=True)
+    rates = [float(iql.actor_schedule(config)(i)) for i in (0, 50, 99, 100, 200, 300)]
+    np.testing.assert_allclose(rates, 3e-4 * np.array([1, 0.5, 2.4672e-4, 1, 0.5, 0]), atol=1e-9)
 
 
 def test_dropout_only_in_training(iql):

@@ -1,0 +1,174 @@
+"""results/sweep.py: a matrix of runs through Ray, killed, continued, on two nodes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+ray = pytest.importorskip("ray", reason="pip install -r results/requirements.txt")
+BUDGET = ["--offline-steps", "6000", "--online-steps", "300", "--eval-interval", "100",
+          "--log-interval", "100", "--eval-episodes", "1", "--hidden-dims", "16", "16",
+          "--batch-size", "32"]  # fmt: skip
+
+
+@pytest.fixture
+def matrix(pendulum, tmp_path):
+    """A matrix of iql.py on two seeds."""
+    path = tmp_path / "matrix.toml"
+    path.write_text(f"""
+[datasets]
+pendulum = ["--dataset", "{pendulum}", "--env-id", "Pendulum-v1"]
+[[trials]]
+script = "algorithms/iql.py"
+datasets = ["pendulum"]
+seeds = 2
+cpu = {json.dumps(BUDGET)}
+""")
+    return path
+
+
+def sweep(matrix, name, *arguments):
+    """Start a sweep with its own runs and records: (process, folder of the runs)."""
+    folder = matrix.parent / name
+    command = [sys.executable, "results/sweep.py", "--matrix", matrix, "--runs", folder / "runs",
+               "--records", folder / "records", *arguments]  # fmt: skip
+    process = subprocess.Popen(
+        list(map(str, command)), cwd=ROOT, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    return process, folder / "runs" / "iql" / "pendulum"
+
+
+def scripts_in(folder):
+    """{pid of every script that works in a run folder}."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().decode().split("\0")
+        except OSError:  # it has just ended
+            continue
+        if str(folder) in words and "algorithms/iql.py" in words[1]:
+            found.add(int(path.parent.name))
+    return found
+
+
+def wait_for(condition, seconds=120):
+    """Wait until `condition()` is true."""
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def digest(folder):
+    """What a finished run's agents and evaluations are."""
+    record = json.loads((folder / "record.json").read_text())
+    assert record["ended"] == "finished"
+    curve = {k: v for k, v in record["curve"].items() if k not in ("seconds", "updates_per_second")}
+    return record["state_sha256"], curve
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_a_killed_trial_goes_on_to_the_same_bits_and_a_finished_one_is_left(matrix):
+    process, runs = sweep(matrix, "killed")
+    wait_for(lambda: (runs / "seed0" / "checkpoint.npz").exists())
+    (pid,) = scripts_in(runs / "seed0")
+    os.kill(pid, signal.SIGKILL)
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, out
+    resumed = json.loads((runs / "seed0" / "record.json").read_text())["resumes"]
+    assert resumed == 1
+    # undisturbed, without Ray
+    for i in range(2):
+        process, whole = sweep(matrix, "whole", "--trial", str(i))
+        assert process.wait(240) == 0
+    for seed in ("seed0", "seed1"):
+        assert digest(runs / seed) == digest(whole / seed)
+        kept = matrix.parent / "killed" / "records" / "cpu" / "iql" / "pendulum" / f"{seed}.json"
+        assert kept.read_bytes() == (runs / seed / "record.json").read_bytes()
+    before = {path: path.stat().st_mtime_ns for path in runs.rglob("*")}
+    process, _ = sweep(matrix, "killed")
+    assert process.wait(120) == 0
+    assert {path: path.stat().st_mtime_ns for path in runs.rglob("*")} == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_ctrl_c_saves_and_a_second_start_goes_on(matrix):
+    process, runs = sweep(matrix, "stopped")
+    wait_for(lambda: (runs / "seed0" / "checkpoint.npz").exists())
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "the same command goes on" in out and "Traceback" not in out
+    assert scripts_in(runs / "seed0") | scripts_in(runs / "seed1") == set()
+    assert json.loads((runs / "seed0" / "record.json").read_text())["ended"] == "SIGTERM"
+    process, _ = sweep(matrix, "stopped")
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, out
+    assert digest(runs / "seed0") and digest(runs / "seed1")
+
+
+def test_a_refused_trial_is_shown_and_the_others_end(matrix):
+    text = matrix.read_text()
+    matrix.write_text(text + text[text.index("[[trials]]") :].replace(
+        "seeds = 2", 'seeds = 1\nname = "bad"').replace('"--batch-size", "32"',
+                                                       '"--batch-size", "0"'))  # fmt: skip
+    process, runs = sweep(matrix, "refused")
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == 1
+    assert "batch-size" in " ".join(out.split()) or "failed (2)" in out
+    assert digest(runs / "seed0") and digest(runs / "seed1")
+    assert not (matrix.parent / "refused/records/cpu/bad").exists()
+
+
+@pytest.mark.parametrize("change, word", [
+    (("algorithms/iql.py", "algorithms/none.py"), "no script"),
+    (('datasets = ["pendulum"]', 'datasets = ["other"]'), "no [datasets] other"),
+    (("seeds = 2", "seeds = 2\nafter = 'cql'"), "nothing of name"),
+    (("seeds = 2", "sseeds = 2"), "see the top of the file"),
+])  # fmt: skip
+def test_a_wrong_matrix_is_refused(change, word, matrix):
+    matrix.write_text(matrix.read_text().replace(*change))
+    process, _ = sweep(matrix, "wrong", "--list")
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and word in out and "Traceback" not in out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_two_nodes_and_the_loss_of_one(matrix, tmp_path):
+    """Two Ray nodes on this machine, a trial on each; one node is killed with all it runs."""
+    script = Path(sys.executable).parent / "ray"
+    env = os.environ | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"}
+    port = 20000 + os.getpid() % 10000
+    common = ["--num-cpus", "1", "--disable-usage-stats", "--block",
+              "--object-store-memory", "80000000"]  # fmt: skip
+    head = [script, "start", "--head", "--port", port, "--include-dashboard", "false",
+            "--temp-dir", f"/tmp/ray-{os.getpid()}", *common]  # fmt: skip
+    join = [script, "start", "--address", f"127.0.0.1:{port}", *common]
+    nodes = []
+    try:
+        for command in (head, join):
+            nodes.append(subprocess.Popen(
+                list(map(str, command)), env=env, start_new_session=True,
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+            ))  # fmt: skip
+            time.sleep(8)
+        process, runs = sweep(matrix, "nodes", "--address", f"127.0.0.1:{port}")
+        wait_for(lambda: all((runs / s / "checkpoint.npz").exists() for s in ("seed0", "seed1")))
+        pids = {seed: scripts_in(runs / seed) for seed in ("seed0", "seed1")}
+        assert all(len(found) == 1 for found in pids.values())  # one on each node
+        os.killpg(nodes[1].pid, signal.SIGKILL)
+        out, _ = process.communicate(timeout=400)
+        assert process.returncode == 0, out
+    finally:
+        for node in nodes:
+            if node.poll() is None:
+                os.killpg(node.pid, signal.SIGKILL)
+    records = [json.loads((runs / s / "record.json").read_text()) for s in ("seed0", "seed1")]
+    assert sorted(record["resumes"] > 0 for record in records) == [False, True]
