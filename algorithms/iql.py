@@ -1253,7 +1253,8 @@ def versions(script, dataset):
     packages = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
     return {
         "command": sys.argv, "script": script.name, "script_sha256": sha256(script),
-        "git_commit": git("rev-parse", "HEAD"), "git_status": git("status", "--porcelain", "--", script.name),
+        "git_commit": git("rev-parse", "HEAD"),
+        "git_status": git("status", "--porcelain", "--", script.name),  # not empty: changed since
         "dataset": str(dataset), "dataset_sha256": sha256(data) if data else None,
         "python": platform.python_version(), "machine": platform.platform(),
         "cores": os.cpu_count(), "device": jax.devices()[0].device_kind,
