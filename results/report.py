@@ -1,0 +1,500 @@
+"""Tables, figures and the page, from the records: results/README.md, README.md, index.html.
+
+    python results/report.py           # write them
+    python results/report.py --check   # exit 1 where they are not what the records say
+
+A record that lacks a field, whose script's hash is not that of the named commit, or that stands
+twice is refused by name. Intervals are 95 % stratified bootstraps (rliable, 2,000 resamples).
+"""
+
+import argparse
+import ast
+import base64
+import hashlib
+import html
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import numpy as np
+from matplotlib import pyplot
+from rliable import library, metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+FIELDS = {
+    "ended", "offline", "online", "resumes", "seconds", "peak_memory_mb", "state_sha256",
+    "dataset_rows", "reference", "config", "environment", "starts", "versions", "curve",
+}  # fmt: skip
+MACHINE = ("run_dir", "resume", "eval_only", "video", "wandb")  # no part of what was run
+COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#999999"]
+
+
+# ---------------------------------------------------------------------------------------- Records
+
+
+def read_records(folder):
+    """{name: record} of every .json below `folder`; exits, naming it, on one that is not sound."""
+    records, known, commits = {}, {}, {}
+    for path in sorted(folder.rglob("*.json")):
+        name = str(path.relative_to(folder).with_suffix(""))
+        try:
+            record = json.loads(path.read_text())
+        except ValueError as error:
+            sys.exit(f"{path}: no JSON: {error}")
+        missing = FIELDS - set(record)
+        if missing:
+            sys.exit(f"{path}: no {', '.join(sorted(missing))}")
+        lengths = {len(column) for column in record["curve"].values()}
+        if len(lengths) != 1:
+            sys.exit(f"{path}: the curve's columns have different lengths")
+        check_hash(path, record, commits)
+        settings = {k: v for k, v in record["config"].items() if k not in MACHINE}
+        same = json.dumps([record["versions"]["script"], record["environment"], settings,
+                           record["versions"]["dataset_sha256"]], sort_keys=True)
+        if same in known:
+            sys.exit(f"{path}: the same run as {known[same]}")
+        known[same] = path
+        records[name] = record
+    return records
+
+
+def check_hash(path, record, commits):
+    """Exit where the script that made the record is not the one in the commit that it names."""
+    versions = record["versions"]
+    for start in record["starts"]:
+        key = start["git_commit"], versions["script"]
+        if key not in commits:
+            commits[key] = script_hash(*key)
+        if commits[key] is not None and commits[key] != start["script_sha256"]:
+            sys.exit(f"{path}: {versions['script']} of commit {start['git_commit']} has another "
+                     "hash than the script that made this record")
+
+
+def script_hash(commit, script):
+    """SHA-256 of a script in a commit, or None where the repository does not have the commit."""
+    for folder in ("algorithms", "baselines"):
+        command = ["git", "-C", str(ROOT), "show", f"{commit}:{folder}/{script}"]
+        done = subprocess.run(command, capture_output=True, check=False)
+        if done.returncode == 0:
+            return hashlib.sha256(done.stdout).hexdigest()
+    return None
+
+
+def runs_of(name, record):
+    """One entry per seed of a record: what the tables need."""
+    curve, found = record["curve"], []
+    unit = "score" if "expert" in record["reference"] else "return"
+    profile, entry, dataset, _ = name.split("/")
+    for seed in dict.fromkeys(curve["seed"]):
+        rows = [i for i, s in enumerate(curve["seed"]) if s == seed]
+        points = {phase: [(curve["step"][i], curve[unit][i]) for i in rows
+                          if curve["phase"][i] == phase] for phase in ("offline", "online")}
+        offline = points["offline"][-1][1] if points["offline"] else None
+        online = [value for _, value in points["online"]]
+        if offline is None and record["config"].get("init_from") and online:
+            offline = online[0]  # the evaluation at the switch, step 0
+        found.append({
+            "name": name, "profile": profile, "entry": entry, "dataset": dataset, "unit": unit,
+            "seed": int(seed), "ended": record["ended"], "points": points, "offline": offline,
+            "online": online[-1] if online else None,
+            "dip": None if offline is None or not online else max(0.0, offline - min(online)),
+            # Cal-QL's: mean over the evaluations of fine-tuning of 1 - normalised score
+            "regret": float(np.mean([1 - v / 100 for v in online]))
+            if online and unit == "score" else None,
+            "updates_per_second": median_rate(record), "steps": (record["offline"],
+                                                                record["online"]),
+        })
+    return found
+
+
+def median_rate(record):
+    rates = [rate for rate in record["curve"]["updates_per_second"] if rate]
+    return float(np.median(rates)) if rates else None
+
+
+def group_runs(records):
+    """{(profile, dataset, entry): runs}, sorted."""
+    groups = defaultdict(list)
+    for name, record in records.items():
+        for run in runs_of(name, record):
+            groups[run["profile"], run["dataset"], run["entry"]].append(run)
+    return dict(sorted(groups.items()))
+
+
+def command(record):
+    """The command line that re-makes a record."""
+    words = record["versions"]["command"]
+    folder = "algorithms" if (ROOT / "algorithms" / record["versions"]["script"]).exists() else (
+        "baselines")
+    kept = [w for w in words[1:] if w]
+    if "--resume" in kept:
+        at = kept.index("--resume")
+        del kept[at : at + 2]
+    kept = [re.sub(r"^/.*/(shared/data/)", r"../\1", word) for word in kept]
+    return shlex.join(["python", f"{folder}/{record['versions']['script']}", *kept])
+
+
+# ------------------------------------------------------------------------------------- Statistics
+
+
+def interval(scores, statistic):
+    """(estimate, low, high) of `statistic` over scores (runs, tasks): 95 %, stratified bootstrap
+    over runs. Where a task has one run only, there is no interval: (estimate, None, None)."""
+    scores = np.asarray(scores, float)
+    if len(scores) < 2:
+        return float(statistic(scores)), None, None
+    estimates, intervals = library.get_interval_estimates(
+        {"x": scores}, lambda x: np.array([statistic(x)]), reps=2000,
+        random_state=np.random.RandomState(0),
+    )
+    return float(estimates["x"][0]), float(intervals["x"][0, 0]), float(intervals["x"][1, 0])
+
+
+def iqm(scores):
+    """Interquartile mean: of the middle half of all runs and tasks (Agarwal et al. 2021)."""
+    return metrics.aggregate_iqm(np.asarray(scores, float))
+
+
+def mean(scores):
+    return float(np.mean(scores))
+
+
+def show(values, statistic=mean):
+    """"mean [low, high]" of one value per seed, or - where there is none."""
+    values = [value for value in values if value is not None]
+    if not values:
+        return "-"
+    digits = 2 if max(map(abs, values)) < 2 else 1 if max(map(abs, values)) < 1000 else 0
+    estimate, low, high = interval(np.array(values)[:, None], statistic)
+    if low is None:
+        return f"{estimate:.{digits}f}"
+    return f"{estimate:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def aggregates(groups):
+    """Rows (profile, entry, tasks, offline IQM, online IQM): over all datasets with a score that
+    every compared entry of the profile has, the same seeds of each."""
+    tables = defaultdict(dict)
+    for (profile, dataset, entry), runs in groups.items():
+        if runs[0]["unit"] == "score" and all(r["online"] is not None for r in runs):
+            tables[profile, entry][dataset] = runs
+    rows = []
+    for (profile, entry), tasks in sorted(tables.items()):
+        count = min(map(len, tasks.values()))
+        if len(tasks) < 2 or count < 2:
+            continue
+        columns = {}
+        for phase in ("offline", "online"):
+            matrix = [[r[phase] for r in sorted(runs, key=lambda r: r["seed"])[:count]]
+                      for runs in tasks.values()]
+            known = all(value is not None for row in matrix for value in row)
+            columns[phase] = interval(np.array(matrix).T, iqm) if known else None
+        rows.append((profile, entry, sorted(tasks), count, columns["offline"], columns["online"]))
+    return rows
+
+
+# ----------------------------------------------------------------------------------------- Tables
+
+
+def results_table(groups):
+    """The table of every group, in Markdown."""
+    columns = ("dataset", "run", "seeds", "updates offline", "steps online", "unit", "offline",
+               "online", "dip", "regret")
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for (profile, dataset, entry), runs in groups.items():
+        steps = [", ".join(f"{n:,}" for n in sorted({run["steps"][i] for run in runs}))
+                 for i in (0, 1)]
+        cells = [show([run[key] for run in runs]) for key in ("offline", "online", "dip", "regret")]
+        label = entry if profile == "cpu" else f"{entry} ({profile})"
+        lines.append(f"| {dataset} | {label} | {len(runs)} | {' | '.join(steps)} | "
+                     f"{runs[0]['unit']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def aggregate_table(groups):
+    lines = ["| run | datasets | seeds | offline IQM | online IQM |", "|---|---|---|---|---|"]
+    for profile, entry, tasks, count, offline, online in aggregates(groups):
+        cells = ["-" if x is None else f"{x[0]:.1f} [{x[1]:.1f}, {x[2]:.1f}]"
+                 for x in (offline, online)]
+        lines.append(f"| {entry} ({profile}) | {', '.join(tasks)} | {count} | "
+                     f"{' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def failures(records):
+    """Every run that did not come to its end, in words."""
+    return [f"{name}: {record['ended']} at {record['offline']:,} updates, {record['online']:,} "
+            "steps" for name, record in records.items() if record["ended"] != "finished"]
+
+
+# ---------------------------------------------------------------------------------------- Figures
+
+
+def save_figure(figure, path):
+    """A PNG without a date in it, so that the same records give the same file."""
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def plot_dataset(dataset, groups, path):
+    """Every seed thin, the mean thick, of all entries on one dataset."""
+    figure, axes = pyplot.subplots(figsize=(7.5, 3.4), layout="constrained")
+    for color, (entry, runs) in zip(COLORS * 5, groups, strict=False):
+        switch = runs[0]["steps"][0]
+        curves = []
+        for run in runs:
+            xs = [s for s, _ in run["points"]["offline"]]
+            xs += [switch + s for s, _ in run["points"]["online"]]
+            ys = [v for phase in ("offline", "online") for _, v in run["points"][phase]]
+            axes.plot(xs, ys, color=color, lw=0.6, alpha=0.5)
+            curves.append(ys)
+        if len({len(ys) for ys in curves}) == 1:
+            axes.plot(xs, np.mean(curves, axis=0), color=color, lw=2, label=entry)
+        if switch:
+            axes.axvline(switch, color=color, ls=":", lw=1)
+    axes.set(title=dataset, xlabel="updates offline | environment steps online",
+             ylabel=groups[0][1][0]["unit"])
+    axes.legend(frameon=False, fontsize=8)
+    save_figure(figure, path)
+
+
+def plot_profiles(groups, path):
+    """Performance profiles: the share of runs whose final score exceeds tau (rliable)."""
+    scores = defaultdict(list)
+    for (profile, _, entry), runs in groups.items():
+        if runs[0]["unit"] == "score":
+            scores[f"{entry} ({profile})"] += [r["online"] for r in runs if r["online"] is not None]
+    figure, axes = pyplot.subplots(figsize=(7.5, 3.4), layout="constrained")
+    taus = np.linspace(0, 110, 111)
+    for color, (label, values) in zip(COLORS * 5, sorted(scores.items()), strict=False):
+        if values:
+            profile = library.run_score_deviation(np.array(values)[:, None], taus)
+            axes.step(taus, profile, where="post", color=color, label=f"{label}, n={len(values)}")
+    axes.set(xlabel="tau", ylabel="share of runs with final score > tau",
+             title="Performance profile, all scored datasets")
+    if axes.lines:
+        axes.legend(frameon=False, fontsize=8)
+    save_figure(figure, path)
+
+
+# ---------------------------------------------------------------------------------- Reading guide
+
+
+def scripts():
+    """Every script, algorithms first."""
+    return [*sorted(ROOT.glob("algorithms/*.py")), *sorted(ROOT.glob("baselines/*.py"))]
+
+
+def reading(path):
+    """What a script's own text says of it: title, equations with the function and lines that hold
+    them, deviations, metrics."""
+    text = path.read_text()
+    tree = ast.parse(text)
+    doc = ast.get_docstring(tree)
+    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    equations, deviations, section = [], [], None
+    for line in doc.splitlines():
+        labelled = re.match(r"    (\S(?:\S| (?! ))*?)\s{2,}(\S.* = .*)$", line)
+        if line.startswith("Deviations"):
+            section = line.rstrip(":")
+        elif labelled and section is None and not line.strip().startswith("python "):
+            equations.append([labelled[1], labelled[2]])
+        elif equations and section is None and re.match(r"     {8,}\S", line):
+            equations[-1][1] += " " + line.strip()
+        elif section and re.match(r" ?\d+\. ", line):
+            deviations.append(line.split(". ", 1)[1].strip())
+        elif section and line.startswith("    ") and deviations:
+            deviations[-1] += " " + line.strip()
+    found = []
+    for label, formula in equations:
+        node = function_of(label, functions)
+        lines = [node.lineno, node.end_lineno] if node else None
+        found.append({"label": label, "formula": re.sub(r"\s+", " ", formula),
+                      "function": node.name if node else None, "lines": lines})
+    metrics_node = next((node.value for node in tree.body if isinstance(node, ast.Assign)
+                         and getattr(node.targets[0], "id", "") == "METRICS"), None)
+    return {
+        "path": str(path.relative_to(ROOT)), "title": doc.splitlines()[0], "equations": found,
+        "deviations_of": section, "deviations": deviations,
+        "metrics": ast.literal_eval(metrics_node) if metrics_node else {},
+        "algorithm_lines": text[: text.find("==== The same bytes")].count("\n"),
+    }
+
+
+def function_of(label, functions):
+    """The loss function of an equation's label: its docstring begins with it, or its name does."""
+    word = label.lower().replace(" ", "_").replace("-", "_")
+    for name, node in functions.items():
+        doc = ast.get_docstring(node) or ""
+        if doc.startswith(label) or name in (word, f"{word}_loss"):
+            return node
+    return None
+
+
+ORDER = """Read `algorithms/iql.py` first: the docstring, `Losses`, `update_step`; then
+`baselines/sac.py`, the base of the CQL family, beside it. Below the line `The same bytes in every
+script` nothing is specific to an algorithm."""
+EXERCISES = """1. **IQL → XQL** (`iql.py`, about 20 lines). Replace the expectile in `value_loss` by
+   the Gumbel regression `exp(z) - z - 1`, `z = u / temperature` (clipped at 7, and the loss
+   divided by `exp` of its batch maximum). Which setting has to change with the reward scale?
+2. **IQL → AWAC** (`iql.py`, about 15 lines). Drop V: bootstrap from one action of the policy in
+   `critic_loss`, take the policy's own mean Q as baseline in `actor_loss`. Watch `q` on
+   `hopper-medium`, then say what the expectile was protecting.
+3. **SAC → REDQ** (`sac.py`, about 10 lines). `--num-critics 10 --utd-ratio 20`, and the minimum
+   over a random pair of target critics, drawn anew in every update.
+4. **A time limit taken for a termination** (any script, 1 line). Set `masks` to 0 at truncations in
+   `step_rollout`. Predict the change of `q` on Hopper before you run it, then run
+   `python tests/planted_bugs.py` and see which test notices.
+5. **Where does the dip come from?** (`iql.py`, no line). Run `--init-from` one checkpoint with
+   `--beta 0`, `3` and `10`, and plot `advantage` and `weight` of the first 5,000 online steps."""
+
+
+def guide(path_of_lines):
+    """The reading guide in Markdown. `path_of_lines(script, first, last)` makes a link."""
+    lines = [ORDER, ""]
+    for path in scripts():
+        read = reading(path)
+        lines += [f"**`{read['path']}`** — {read['title']}", ""]
+        if read["equations"]:
+            lines += ["| equation | | function | lines |", "|---|---|---|---|"]
+            for each in read["equations"]:
+                where = path_of_lines(read["path"], *each["lines"]) if each["lines"] else ""
+                lines.append(f"| {each['label']} | `{each['formula'].replace('|', chr(92) + '|')}` "
+                             f"| `{each['function']}` | {where} |")
+            lines.append("")
+    return "\n".join([*lines, "Exercises:", "", EXERCISES])
+
+
+def line_link(script, first, last, prefix=""):
+    return f"[{first}–{last}]({prefix}{script}#L{first}-L{last})"
+
+
+# ------------------------------------------------------------------------------------------- Page
+
+
+def page_data(records, groups):
+    """All that the page shows, as JSON."""
+    rows = []
+    for (profile, dataset, entry), runs in groups.items():
+        rows.append({
+            "profile": profile, "dataset": dataset, "entry": entry, "unit": runs[0]["unit"],
+            "steps": runs[0]["steps"], "seeds": len(runs),
+            **{key: show([run[key] for run in runs])
+               for key in ("offline", "online", "dip", "regret")},
+            "command": command(records[runs[0]["name"]]),
+            "runs": [{key: run[key] for key in ("name", "seed", "ended", "points", "offline",
+                                                "online")} for run in runs],
+        })
+    sources = {str(path.relative_to(ROOT)): path.read_text() for path in scripts()}
+    return {"rows": rows, "failures": failures(records), "sources": sources,
+            "guide": [reading(path) for path in scripts()], "colors": COLORS}
+
+
+def page(records, groups):
+    """index.html: the template with data, styles and libraries inline."""
+    folder = ROOT / "results"
+    data = json.dumps(page_data(records, groups), sort_keys=True).replace("</", "<\\/")
+    parts = {
+        "uplot_css": (folder / "vendor" / "uPlot.min.css").read_text(),
+        "uplot_js": (folder / "vendor" / "uPlot.iife.min.js").read_text(),
+        "diff_js": (folder / "vendor" / "diff.min.js").read_text(),
+        "data": data,
+        "order": as_html(ORDER),
+        "exercises": "".join(f"<li>{as_html(each)}</li>" for each in
+                             re.split(r"^\d\. ", EXERCISES, flags=re.M)[1:]),
+        "profile": "data:image/png;base64," + base64.b64encode(
+            (folder / "figures" / "profiles.png").read_bytes()).decode(),
+    }
+    text = (folder / "page.html").read_text()
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], text)
+
+
+def as_html(text):
+    """Markdown's bold and code as HTML; nothing else is used here."""
+    text = html.escape(" ".join(text.split()), quote=False)
+    text = re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", text)
+    return re.sub(r"`(.+?)`", r"<code>\1</code>", text)
+
+
+# ------------------------------------------------------------------------------------------- main
+
+
+ABOUT = """Made by `python results/report.py` from [`records/`](records), one JSON per run: its
+configuration, versions, hashes and every evaluation. `python results/sweep.py` makes all the runs
+again, `python results/check.py RECORD` one of them. [`index.html`](index.html) shows them with
+curves to hover over, any two scripts side by side, and the reading guide: download it and open it.
+
+Mean over seeds [95 % bootstrap interval] of the last evaluation of each phase: 10 deterministic
+episodes, in mazes 100. The dip is the offline value minus the lowest evaluation after the switch;
+the regret is the mean over the online evaluations of 1 − score / 100 (Cal-QL's). An interval from
+three seeds is what three seeds can give. Scores learned from a sample of a D4RL dataset are not
+scores on that dataset: `hopper-medium` and `halfcheetah-medium` are about 1/100 of the
+trajectories, `hopper-medium-replay` 1/40. `default` is the repository's own, in Hopper-v5."""
+
+
+def write_all(records):
+    """{path: text} of all that is generated, figures on disk."""
+    groups = group_runs(records)
+    figures = ROOT / "results" / "figures"
+    datasets = list(dict.fromkeys((profile, dataset) for profile, dataset, _ in groups))
+    shown = []
+    for profile, dataset in datasets:
+        mine = [(e, runs) for (p, d, e), runs in groups.items() if (p, d) == (profile, dataset)]
+        plot_dataset(f"{dataset} ({profile})", mine, figures / f"{profile}-{dataset}.png")
+        shown.append(f"![{dataset}](figures/{profile}-{dataset}.png)")
+    plot_profiles(groups, figures / "profiles.png")
+    table, failed = results_table(groups), failures(records)
+    body = ["# Results", "", ABOUT, "", table, "",
+            "Interquartile mean over the scored datasets [95 % stratified bootstrap interval]:", "",
+            aggregate_table(groups), "", "![Performance profile](figures/profiles.png)", "",
+            "Runs that did not come to their end: " + ("; ".join(failed) if failed else "none."),
+            "", *shown, ""]
+    readme = (ROOT / "README.md").read_text()
+    readme = between(readme, "results", table)
+    readme = between(readme, "guide", guide(line_link))
+    return {
+        ROOT / "results" / "README.md": "\n".join(body),
+        ROOT / "README.md": readme,
+        ROOT / "results" / "index.html": page(records, groups),
+    }
+
+
+def between(text, name, new):
+    """`text` with what stands between the two marks of `name` replaced."""
+    first, last = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    before, _, rest = text.partition(first)
+    _, found, after = rest.partition(last)
+    if not found:
+        sys.exit(f"README.md: no {first} ... {last}")
+    return f"{before}{first}\n{new}\n{last}{after}"
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--records", type=Path, default=ROOT / "results" / "records")
+    parser.add_argument("--check", action="store_true", help="write nothing, compare")
+    arguments = parser.parse_args()
+    records = read_records(arguments.records)
+    if not records:
+        sys.exit(f"{arguments.records}: no records; python results/sweep.py makes them")
+    written, stale = write_all(records), []
+    for path, text in written.items():
+        if not path.is_file() or path.read_text() != text:
+            stale.append(path)
+            if not arguments.check:
+                path.write_text(text)
+    print("\n".join(f"{'stale' if arguments.check else 'wrote'} {path}" for path in stale))
+    return int(arguments.check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
