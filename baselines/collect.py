@@ -184,15 +184,17 @@ orthogonal = nn.initializers.orthogonal(2**0.5)
 
 
 class MLP(nn.Module):
-    """Hidden layers with ReLU, and dropout where `dropout_rate` is not 0: (..., F) -> (..., H)."""
+    """Hidden layers with ReLU, on demand with LayerNorm and dropout: (..., F) -> (..., H)."""
 
     hidden_dims: tuple[int, ...]
     dropout_rate: float = 0.0
+    layer_norm: bool = False
 
     @nn.compact
     def __call__(self, x, training=False):
         for width in self.hidden_dims:
-            x = nn.relu(nn.Dense(width, kernel_init=orthogonal)(x))  # (..., width)
+            x = nn.Dense(width, kernel_init=orthogonal)(x)  # (..., width)
+            x = nn.relu(nn.LayerNorm()(x) if self.layer_norm else x)
             if self.dropout_rate > 0:
                 x = nn.Dropout(self.dropout_rate, deterministic=not training)(x)
         return x

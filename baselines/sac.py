@@ -150,15 +150,17 @@ orthogonal = nn.initializers.orthogonal(2**0.5)
 
 
 class MLP(nn.Module):
-    """Hidden layers with ReLU, and dropout where `dropout_rate` is not 0: (..., F) -> (..., H)."""
+    """Hidden layers with ReLU, on demand with LayerNorm and dropout: (..., F) -> (..., H)."""
 
     hidden_dims: tuple[int, ...]
     dropout_rate: float = 0.0
+    layer_norm: bool = False
 
     @nn.compact
     def __call__(self, x, training=False):
         for width in self.hidden_dims:
-            x = nn.relu(nn.Dense(width, kernel_init=orthogonal)(x))  # (..., width)
+            x = nn.Dense(width, kernel_init=orthogonal)(x)  # (..., width)
+            x = nn.relu(nn.LayerNorm()(x) if self.layer_norm else x)
             if self.dropout_rate > 0:
                 x = nn.Dropout(self.dropout_rate, deterministic=not training)(x)
         return x
@@ -181,11 +183,12 @@ class Critic(nn.Module):
     """One Q-function: (B, O), (B, A) -> (B,)."""
 
     hidden_dims: tuple[int, ...]
+    layer_norm: bool = False
 
     @nn.compact
     def __call__(self, observations, actions):
         inputs = jnp.concatenate([observations, actions], axis=-1)  # (B, O + A)
-        return ScalarHead()(MLP(self.hidden_dims)(inputs))  # (B,)
+        return ScalarHead()(MLP(self.hidden_dims, layer_norm=self.layer_norm)(inputs))  # (B,)
 
 
 class CriticEnsemble(nn.Module):
@@ -193,6 +196,7 @@ class CriticEnsemble(nn.Module):
 
     hidden_dims: tuple[int, ...]
     num_critics: int
+    layer_norm: bool = False
 
     @nn.compact
     def __call__(self, observations, actions):
@@ -203,7 +207,7 @@ class CriticEnsemble(nn.Module):
             in_axes=None,
             axis_size=self.num_critics,
         )
-        return ensemble(self.hidden_dims)(observations, actions)  # (N, B)
+        return ensemble(self.hidden_dims, self.layer_norm)(observations, actions)  # (N, B)
 
 
 class TanhGaussianPolicy(nn.Module):
@@ -327,9 +331,15 @@ def update_step(state, batch, config):
     return state, critic_info | actor_info | temperature_info
 
 
-def online_batch(dataset, buffer, key, batch_size):
-    """What the online updates learn from: the replay buffer."""
-    return sample(buffer.rows, buffer.size, key, batch_size)
+def blank_transition(observation_dim, action_dim):
+    """What the replay buffer holds of one step, all zeros."""
+    observation, action = np.zeros(observation_dim, np.float32), np.zeros(action_dim, np.float32)
+    return Batch(observation, action, np.float32(0), observation, np.float32(0))
+
+
+def online_batch(dataset, buffer, key, config):
+    """What an online update learns from: the replay buffer."""
+    return sample(buffer.rows, buffer.size, key, config.batch_size)
 
 
 def sample_action(state, observation, key):
@@ -361,6 +371,7 @@ class Batch:
     rewards: jax.Array  # (B,)
     next_observations: jax.Array  # (B, O)
     masks: jax.Array  # (B,)
+    mc_returns: Any = ()  # (B,), discounted returns from here on, where a script needs them
 
 
 def fail(message, code=2):
@@ -473,12 +484,10 @@ class ReplayBuffer:
     position: jax.Array  # where the next transition goes
 
 
-def empty_buffers(num_seeds, capacity, observation_dim, action_dim):
-    """A buffer per seed, on the host: rows (S, C, ...)."""
-    observations = np.zeros((num_seeds, capacity, observation_dim), np.float32)
-    actions = np.zeros((num_seeds, capacity, action_dim), np.float32)
-    scalars, counts = np.zeros((num_seeds, capacity), np.float32), np.zeros(num_seeds, np.int32)
-    rows = Batch(observations, actions, scalars, observations, scalars)
+def empty_buffers(num_seeds, capacity, blank):
+    """A buffer per seed, on the host: rows (S, C, ...), each like the transition `blank`."""
+    rows = jax.tree.map(lambda x: np.full((num_seeds, capacity, *x.shape), x, x.dtype), blank)
+    counts = np.zeros(num_seeds, np.int32)
     return ReplayBuffer(rows, counts, counts)
 
 
@@ -522,11 +531,9 @@ def online_step(state, buffer, observations, dataset, config, learn):
     (S, A) in `observations` (S, O). `state` is donated: use the returned one."""
     info = {}
     if learn:
-        keys = jax.vmap(partial(jax.random.split, num=2))(state.key)  # (S, 2, 2)
-        draw = partial(online_batch, batch_size=config.utd_ratio * config.batch_size)
-        batch = jax.vmap(draw, in_axes=(None, 0, 0))(dataset, buffer, keys[:, 1])
-        shape = (len(keys), config.utd_ratio, config.batch_size)
-        batches = jax.tree.map(lambda x: x.reshape(*shape, *x.shape[2:]), batch)  # (S, U, B, ...)
+        keys = jax.vmap(partial(jax.random.split, num=config.utd_ratio + 1))(state.key)
+        draw = jax.vmap(partial(online_batch, config=config), in_axes=(None, None, 0))
+        batches = jax.vmap(draw, in_axes=(None, 0, 0))(dataset, buffer, keys[:, 1:])  # (S, U, ...)
 
         def one_seed(state, batches):
             state, info = jax.lax.scan(partial(update_step, config=config), state, batches)
@@ -1167,13 +1174,13 @@ def create_shards(config, observation_dim, action_dim, devices):
 
 def start_online(run, saved=None, found=None):
     """Replay buffers, training environments and first actions: new ones, or a checkpoint's."""
-    sizes = len(run.transform.observation_mean), len(run.transform.action_center)
+    blank = blank_transition(len(run.transform.observation_mean), len(run.transform.action_center))
     filled = saved["buffer/rows/rewards"].shape[1] if saved else 0
     capacity = max(filled, min(run.config.buffer_size, run.config.online_steps))
-    buffers = empty_buffers(run.config.num_seeds, filled, *sizes)
+    buffers = empty_buffers(run.config.num_seeds, filled, blank)
     if saved:
         buffers = restore(buffers, saved, "buffer", found)
-    pad = empty_buffers(run.config.num_seeds, capacity - filled, *sizes).rows
+    pad = empty_buffers(run.config.num_seeds, capacity - filled, blank).rows
     rows = jax.tree.map(lambda *xs: np.concatenate(xs, axis=1), buffers.rows, pad)
     # a run with more --online-steps than before: its buffer was full, and has grown
     position = buffers.size % capacity if filled < capacity else buffers.position

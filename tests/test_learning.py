@@ -73,7 +73,7 @@ def test_sac_solves_a_bandit(sac):
     config = sac.Config(
         hidden_dims=(32, 32), learning_rate=5e-3, batch_size=64, tau=0.05, utd_ratio=500
     )
-    buffer = sac.empty_buffers(1, len(rows["rewards"]), 1, 1)
+    buffer = sac.empty_buffers(1, len(rows["rewards"]), sac.blank_transition(1, 1))
     names = ("observations", "actions", "rewards", "next_observations")
     kept = {name: np.float32(rows[name])[None] for name in names}  # (1, N, ...)
     full = np.full(1, len(rows["rewards"]), np.int32)
