@@ -1144,8 +1144,9 @@ def check_config(config):
         if not low <= getattr(config, name) <= high:
             flag = f"--{name.replace('_', '-')}"
             fail(f"{flag} {getattr(config, name)}: must be in [{low}, {high}]")
-    if not all(1 <= width <= 10**5 for width in config.hidden_dims):
-        fail(f"--hidden-dims {config.hidden_dims}: must be in [1, 100000]")
+    for name, values in dataclasses.asdict(config).items():
+        if isinstance(values, tuple) and not all(1 <= width <= 10**5 for width in values):
+            fail(f"--{name.replace('_', '-')} {values}: must be in [1, 100000]")
     if config.preset != "auto" and config.eval_interval % config.log_interval:
         fail(f"--eval-interval must be a multiple of --log-interval {config.log_interval}")
 
@@ -1170,7 +1171,7 @@ def config_from(text):
     unknown = set(values) ^ {field.name for field in dataclasses.fields(Config)}
     if unknown:
         fail(f"configuration of another script or version: {', '.join(sorted(unknown))}")
-    return Config(**values | {"hidden_dims": tuple(values["hidden_dims"])})
+    return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def parse_config(arguments):
@@ -1412,6 +1413,8 @@ def summarize(run):
         last = {row["phase"]: f"{row['phase']} {float(row[column]):.1f}" for row in mine}
         online = [float(row[column]) for row in mine if row["phase"] == "online"]
         lowest = f", lowest online {min(online):.1f}" if online else ""
+        if online and column == "score":  # Cal-QL's: how much was missed while fine-tuning
+            lowest += f", regret {np.mean([1 - score / 100 for score in online]):.2f}"
         print(f"seed {seed:4} {column}: {', then '.join(last.values())}{lowest}")
     axes.set(xlabel="updates offline | environment steps online", ylabel=column,
              title=str(run.folder))
@@ -1508,14 +1511,18 @@ def offline_chunk(run, num_steps):
     return to_host(infos)
 
 
+def store(run, transitions):
+    """Insert one transition (S, ...) per seed."""
+    run.buffers = list(map(insert_transitions, run.buffers, split(transitions, run.devices)))
+
+
 def online_chunk(run, num_steps):
     """`num_steps` environment steps of every seed, each with its updates. Returns the mean
     metrics, (S,), and the mean return and length of the training episodes that ended."""
     infos = []
     for step in range(run.online, run.online + num_steps):
-        transitions = split(step_rollout(run), run.devices)
+        store(run, step_rollout(run))
         observations = split(run.transform.observations(run.rollout.observations), run.devices)
-        run.buffers = list(map(insert_transitions, run.buffers, transitions))
         learn = step >= run.config.warmup_steps
         update = partial(online_step, config=run.config, learn=learn)
         inputs = run.shards, run.buffers, observations, run.datasets

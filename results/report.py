@@ -330,11 +330,11 @@ def reading(path):
 
 
 def function_of(label, functions):
-    """The loss function of an equation's label: its docstring begins with it, or its name does."""
+    """The function of an equation's label: named after it, or its docstring begins with it."""
     word = label.lower().replace(" ", "_").replace("-", "_")
     for name, node in functions.items():
         doc = ast.get_docstring(node) or ""
-        if doc.startswith(label) or name in (word, f"{word}_loss"):
+        if doc.startswith(label) or name in (word, f"{word}_loss") or name.endswith(f"_{word}"):
             return node
     return None
 
@@ -371,6 +371,19 @@ def guide(path_of_lines):
                              f"| `{each['function']}` | {where} |")
             lines.append("")
     return "\n".join([*lines, "Exercises:", "", EXERCISES])
+
+
+def metrics_table():
+    """Every script's own columns of metrics.csv, with their healthy ranges."""
+    texts = defaultdict(dict)  # {column: {text: [scripts]}}
+    for path in scripts():
+        for column, text in reading(path)["metrics"].items():
+            texts[column].setdefault(text, []).append(path.name)
+    lines = ["| column | meaning, healthy range |", "|---|---|"]
+    for column, found in texts.items():
+        cells = "; ".join(f"{text} ({', '.join(names)})" for text, names in found.items())
+        lines.append(f"| `{column}` | {cells} |")
+    return "\n".join(lines)
 
 
 def line_link(script, first, last, prefix=""):
@@ -459,6 +472,7 @@ def write_all(records):
             "", *shown, ""]
     readme = (ROOT / "README.md").read_text()
     readme = between(readme, "results", table)
+    readme = between(readme, "metrics", metrics_table())
     readme = between(readme, "guide", guide(line_link))
     return {
         ROOT / "results" / "README.md": "\n".join(body),

@@ -66,3 +66,13 @@ def iql():
 @pytest.fixture(scope="session")
 def sac():
     return load_script("baselines/sac.py")
+
+
+@pytest.fixture(scope="session")
+def cql():
+    return load_script("algorithms/cql.py")
+
+
+@pytest.fixture(scope="session")
+def cal_ql():
+    return load_script("algorithms/cal_ql.py")

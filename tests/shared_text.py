@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MAY_DIFFER = {
     "Config", "PRESETS", "RANGES", "METRICS", "AgentState", "create_agent_state", "update_step",
     "blank_transition", "online_batch", "sample_action", "mode_actions", "critic_loss",
-    "actor_loss", "value_loss", "temperature_loss", "locate", "describe", "main",
+    "actor_loss", "value_loss", "temperature_loss", "conservative_difference", "store", "locate", "describe", "main",
 }  # fmt: skip
 
 

@@ -130,7 +130,7 @@ def test_every_loss_has_its_equation(report):
         assert all(each["function"] for each in read["equations"]), path
         losses = {node.name for node in ast.parse(path.read_text()).body
                   if isinstance(node, ast.FunctionDef) and node.name.endswith("_loss")}
-        assert losses == {each["function"] for each in read["equations"]}, path
+        assert losses <= {each["function"] for each in read["equations"]}, path
         assert read["deviations"], path
 
 
