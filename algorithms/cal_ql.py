@@ -128,7 +128,9 @@ class Config:
     utd_ratio: int = 1  # updates per environment step
     warmup_steps: int = 0  # environment steps before the first online update
     # SAC
-    num_critics: int = 2  # Q-functions; the minimum counts
+    num_critics: int = 2  # Q-functions
+    target_critics: int = 2  # of them, drawn anew in every update: their minimum is the target
+    layer_norm: bool = False  # in critics and policy
     entropy_per_action: float = -1.0  # target entropy (nats) per action dimension
     # CQL
     offline_ratio: float = 0.5  # of every online batch; -1: all transitions equally likely
@@ -179,11 +181,13 @@ RANGES = {  # smallest and largest accepted value
     "eval_interval": (1, 10**9), "eval_episodes": (1, 10**4), "log_interval": (1, 10**9),
     "batch_size": (1, 10**6), "discount": (0.0, 0.999999), "tau": (0.0, 1.0),
     "utd_ratio": (1, 1000), "learning_rate": (0.0, 1.0), "policy_learning_rate": (0.0, 1.0),
-    "num_critics": (1, 100), "seed": (0, 2**31 - 1), "buffer_size": (1, 10**9),
-    "warmup_steps": (0, 10**9), "reward_scale": (-1e9, 1e9), "reward_shift": (-1e9, 1e9),
-    "offline_ratio": (-1.0, 1.0), "cql_alpha": (0.0, 1e6), "target_gap": (-1e6, 1e6),
-    "num_actions": (1, 1000), "backup_actions": (1, 1000),
+    "num_critics": (1, 100), "target_critics": (1, 100), "seed": (0, 2**31 - 1),
+    "buffer_size": (1, 10**9), "warmup_steps": (0, 10**9), "reward_scale": (-1e9, 1e9),
+    "reward_shift": (-1e9, 1e9), "offline_ratio": (-1.0, 1.0), "cql_alpha": (0.0, 1e6),
+    "target_gap": (-1e6, 1e6), "num_actions": (1, 1000), "backup_actions": (1, 1000),
 }
+
+INIT_FROM = ("cql", "cal_ql")  # scripts whose checkpoints --init-from takes
 
 METRICS = {  # every column of metrics.csv that is the algorithm's own, with its healthy range
     "critic_loss": "TD part: squared error, summed over critics; bounded, may grow with q",
@@ -271,10 +275,11 @@ class ScaledTanhGaussianPolicy(nn.Module):
 
     hidden_dims: tuple[int, ...]
     action_dim: int
+    layer_norm: bool = False
 
     @nn.compact
     def __call__(self, observations):
-        features = MLP(self.hidden_dims)(observations)  # (B, H)
+        features = MLP(self.hidden_dims, layer_norm=self.layer_norm)(observations)  # (B, H)
         mean = nn.Dense(self.action_dim, kernel_init=orthogonal)(features)  # (B, A)
         log_std = nn.Dense(self.action_dim, kernel_init=orthogonal)(features)  # (B, A)
         scale = self.param("log_std_scale", nn.initializers.ones, ())
@@ -322,8 +327,8 @@ def create_agent_state(key, observation_dim, action_dim, config):
     key, actor_key, critic_key, temperature_key = jax.random.split(key, 4)
     observations = jnp.zeros((1, observation_dim))  # (1, O)
     actions = jnp.zeros((1, action_dim))  # (1, A)
-    actor = ScaledTanhGaussianPolicy(config.hidden_dims, action_dim)
-    critic = CriticEnsemble(config.critic_hidden_dims, config.num_critics)
+    actor = ScaledTanhGaussianPolicy(config.hidden_dims, action_dim, config.layer_norm)
+    critic = CriticEnsemble(config.critic_hidden_dims, config.num_critics, config.layer_norm)
     temperature, multiplier = Temperature(), Multiplier()
     critic_params = critic.init(critic_key, observations, actions)
     adam, policy_adam = optax.adam(config.learning_rate), optax.adam(config.policy_learning_rate)
@@ -359,10 +364,19 @@ def q_values(state, params, observations, actions):
     return state.critic.apply_fn(params, observations, actions)
 
 
+def random_subset(q, key, config):
+    """`target_critics` members (K, ...) of an ensemble's values (N, ...), without replacement."""
+    if config.target_critics >= len(q):
+        return q
+    return q[jax.random.choice(key, len(q), (config.target_critics,), replace=False)]
+
+
 def target_values(state, batch, key, config):
     """The backup's targets (B,): of several next actions the one with the largest min_i Q_i."""
-    actions, _ = policy_actions(state, batch.next_observations, key, config.backup_actions)
+    action_key, subset_key = jax.random.split(key)
+    actions, _ = policy_actions(state, batch.next_observations, action_key, config.backup_actions)
     q = q_values(state, state.target_critic_params, batch.next_observations, actions)  # (N, M, B)
+    q = random_subset(q, subset_key, config)  # (K, M, B)
     next_v = q.min(axis=0).max(axis=0)  # (B,)
     return batch.rewards + config.discount * batch.masks * next_v  # (B,)
 
@@ -460,6 +474,9 @@ def update_step(state, batch, config):
     state = state.replace(actor=actor, critic=critic, temperature=temperature, key=key)
     state = state.replace(multiplier=multiplier, target_critic_params=target)
     return state, critic_info | actor_info | temperature_info
+
+
+online_update = update_step  # online the same losses go on
 
 
 def blank_transition(observation_dim, action_dim):
@@ -983,7 +1000,7 @@ def online_step(state, buffer, observations, dataset, config, learn):
         batches = jax.vmap(draw, in_axes=(None, 0, 0))(dataset, buffer, keys[:, 1:])  # (S, U, ...)
 
         def one_seed(state, batches):
-            state, info = jax.lax.scan(partial(update_step, config=config), state, batches)
+            state, info = jax.lax.scan(partial(online_update, config=config), state, batches)
             return state, jax.tree.map(jnp.mean, info)
 
         state, info = for_each_seed(one_seed, state.replace(key=keys[:, 0]), batches)
@@ -1229,10 +1246,10 @@ def load_checkpoint(path):
     return fail(f"{path}: no readable checkpoint")
 
 
-def load_own_checkpoint(path):
-    """load_checkpoint, refusing another script's."""
+def load_own_checkpoint(path, others=()):
+    """load_checkpoint, refusing one of a script that is neither this one nor among `others`."""
     arrays, meta, found = load_checkpoint(path)
-    if meta.get("script") != Path(__file__).stem:
+    if meta.get("script") not in (Path(__file__).stem, *others):
         fail(f"{found}: a checkpoint of {meta.get('script')}.py, not of {Path(__file__).name}")
     return arrays, meta, found
 
@@ -1257,7 +1274,7 @@ def save_run(run):
 
 def restore_agent(run, source):
     """Put agent and transform of a checkpoint into `run`; returns the checkpoint."""
-    arrays, meta, found = load_own_checkpoint(source)
+    arrays, meta, found = load_own_checkpoint(source, INIT_FROM)
     state = restore(to_host(run.shards), arrays, "state", found)
     run.shards = to_devices(state, run.devices)
     names = [field.name for field in dataclasses.fields(Transform)]
@@ -1293,9 +1310,9 @@ def domain(env_id):
 def check_config(config):
     """Refuse numbers out of range before anything is built."""
     for name, (low, high) in RANGES.items():
-        if not low <= getattr(config, name) <= high:
-            flag = f"--{name.replace('_', '-')}"
-            fail(f"{flag} {getattr(config, name)}: must be in [{low}, {high}]")
+        value = getattr(config, name)
+        if value is not None and not low <= value <= high:
+            fail(f"--{name.replace('_', '-')} {value}: must be in [{low}, {high}]")
     for name, values in dataclasses.asdict(config).items():
         if isinstance(values, tuple) and not all(1 <= width <= 10**5 for width in values):
             fail(f"--{name.replace('_', '-')} {values}: must be in [1, 100000]")
@@ -1357,7 +1374,7 @@ def parse_config(arguments):
     config = dataclasses.replace(config, preset=preset)
     check_config(config)
     if config.init_from:
-        _, meta, found = load_own_checkpoint(config.init_from)
+        _, meta, found = load_own_checkpoint(config.init_from, INIT_FROM)
         seeds = meta["config"]["num_seeds"]
         if seeds != config.num_seeds:
             fail(f"--init-from {found}: has {seeds} seeds, but --num-seeds is {config.num_seeds}")

@@ -134,6 +134,8 @@ RANGES = {  # smallest and largest accepted value
     "reward_scale": (1e-9, 1e9), "reward_shift": (-1e9, 1e9),
 }
 
+INIT_FROM = ("sac",)  # scripts whose checkpoints --init-from takes
+
 METRICS = {  # every column of metrics.csv that is the algorithm's own, with its healthy range
     "critic_loss": "squared TD error, summed over critics; bounded, may grow with q",
     "actor_loss": "temperature * log pi - Q; falls as q rises",
@@ -329,6 +331,9 @@ def update_step(state, batch, config):
     target = optax.incremental_update(critic.params, state.target_critic_params, config.tau)
     state = state.replace(actor=actor, temperature=temperature, target_critic_params=target)
     return state, critic_info | actor_info | temperature_info
+
+
+online_update = update_step  # online the same losses go on
 
 
 def blank_transition(observation_dim, action_dim):
@@ -536,7 +541,7 @@ def online_step(state, buffer, observations, dataset, config, learn):
         batches = jax.vmap(draw, in_axes=(None, 0, 0))(dataset, buffer, keys[:, 1:])  # (S, U, ...)
 
         def one_seed(state, batches):
-            state, info = jax.lax.scan(partial(update_step, config=config), state, batches)
+            state, info = jax.lax.scan(partial(online_update, config=config), state, batches)
             return state, jax.tree.map(jnp.mean, info)
 
         state, info = for_each_seed(one_seed, state.replace(key=keys[:, 0]), batches)
@@ -782,10 +787,10 @@ def load_checkpoint(path):
     return fail(f"{path}: no readable checkpoint")
 
 
-def load_own_checkpoint(path):
-    """load_checkpoint, refusing another script's."""
+def load_own_checkpoint(path, others=()):
+    """load_checkpoint, refusing one of a script that is neither this one nor among `others`."""
     arrays, meta, found = load_checkpoint(path)
-    if meta.get("script") != Path(__file__).stem:
+    if meta.get("script") not in (Path(__file__).stem, *others):
         fail(f"{found}: a checkpoint of {meta.get('script')}.py, not of {Path(__file__).name}")
     return arrays, meta, found
 
@@ -810,7 +815,7 @@ def save_run(run):
 
 def restore_agent(run, source):
     """Put agent and transform of a checkpoint into `run`; returns the checkpoint."""
-    arrays, meta, found = load_own_checkpoint(source)
+    arrays, meta, found = load_own_checkpoint(source, INIT_FROM)
     state = restore(to_host(run.shards), arrays, "state", found)
     run.shards = to_devices(state, run.devices)
     names = [field.name for field in dataclasses.fields(Transform)]
@@ -833,9 +838,9 @@ def resume_run(run):
 def check_config(config):
     """Refuse numbers out of range before anything is built."""
     for name, (low, high) in RANGES.items():
-        if not low <= getattr(config, name) <= high:
-            flag = f"--{name.replace('_', '-')}"
-            fail(f"{flag} {getattr(config, name)}: must be in [{low}, {high}]")
+        value = getattr(config, name)
+        if value is not None and not low <= value <= high:
+            fail(f"--{name.replace('_', '-')} {value}: must be in [{low}, {high}]")
     for name, values in dataclasses.asdict(config).items():
         if isinstance(values, tuple) and not all(1 <= width <= 10**5 for width in values):
             fail(f"--{name.replace('_', '-')} {values}: must be in [1, 100000]")
@@ -897,7 +902,7 @@ def parse_config(arguments):
     config = dataclasses.replace(config, preset=preset)
     check_config(config)
     if config.init_from:
-        _, meta, found = load_own_checkpoint(config.init_from)
+        _, meta, found = load_own_checkpoint(config.init_from, INIT_FROM)
         seeds = meta["config"]["num_seeds"]
         if seeds != config.num_seeds:
             fail(f"--init-from {found}: has {seeds} seeds, but --num-seeds is {config.num_seeds}")

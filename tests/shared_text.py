@@ -12,9 +12,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 MAY_DIFFER = {
-    "Config", "PRESETS", "RANGES", "METRICS", "AgentState", "create_agent_state", "update_step",
-    "blank_transition", "online_batch", "sample_action", "mode_actions", "critic_loss",
-    "actor_loss", "value_loss", "temperature_loss", "conservative_difference", "store", "locate", "describe", "main",
+    "Config", "PRESETS", "RANGES", "METRICS", "INIT_FROM", "AgentState", "create_agent_state",
+    "critic_loss", "actor_loss", "value_loss", "temperature_loss", "conservative_difference",
+    "update_step", "online_update", "online_batch", "blank_transition", "store", "sample_action",
+    "mode_actions", "locate", "describe", "main",
 }  # fmt: skip
 
 

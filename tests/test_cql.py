@@ -142,7 +142,8 @@ def noises_of(script, config, critic_key, actor_key):
         | {"params": jax.tree.map(np.zeros_like, state.actor.params["params"])
            | {"log_std_shift": np.float32(math.log(0.1))}}, np.zeros((B, OBS), np.float32))
     return {
-        "backup": noise_of(script, config, target_key, config.backup_actions),
+        "backup": noise_of(
+            script, config, jax.random.split(target_key)[0], config.backup_actions),
         "uniform": np.float64(jax.random.uniform(uniform_key, shape, minval=-1, maxval=1)),
         "next": noise_of(script, config, next_key, config.num_actions),
         "own": noise_of(script, config, own_key, config.num_actions),
