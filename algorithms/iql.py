@@ -1119,12 +1119,11 @@ def restore_agent(run, source):
 
 
 def resume_run(run):
-    """Go on where the checkpoint in the run's folder left off."""
+    """Go on where the checkpoint in the run's folder left off; returns it."""
     arrays, meta, found = restore_agent(run, run.folder)
     run.offline, run.online, run.log_size = meta["offline"], meta["online"], meta["log_size"]
     os.replace(found, run.folder / "checkpoint.npz")  # were it the one before: the last is damaged
-    if "rollout/actions" in arrays:
-        start_online(run, arrays, found)
+    return arrays, found
 
 
 # ---------------------------------------------------------------------- Command line, run folder
@@ -1624,7 +1623,9 @@ def main(arguments=None):
                            *eval_envs[0].action_space.shape, devices)
     run = Run(config, spec, folder, devices, transform, shards, eval_envs, None, lock=lock)
     if any(folder.glob("checkpoint*.npz")):
-        resume_run(run)
+        saved, found = resume_run(run)
+        if "rollout/actions" in saved:
+            start_online(run, saved, found)
     elif config.init_from:
         restore_agent(run, config.init_from)
         run.shards = [s.replace(key=fresh.key) for s, fresh in zip(run.shards, shards, strict=True)]

@@ -76,3 +76,18 @@ def cql():
 @pytest.fixture(scope="session")
 def cal_ql():
     return load_script("algorithms/cal_ql.py")
+
+
+@pytest.fixture(scope="session")
+def sac_finetune():
+    return load_script("algorithms/sac_finetune.py")
+
+
+@pytest.fixture(scope="session")
+def rlpd():
+    return load_script("baselines/rlpd.py")
+
+
+@pytest.fixture(scope="session")
+def bc():
+    return load_script("baselines/bc.py")
