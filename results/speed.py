@@ -20,7 +20,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {"iql": "algorithms/iql.py", "sac": "baselines/sac.py"}
+SCRIPTS = {path.stem: path for folder in ("algorithms", "baselines")
+           for path in sorted(ROOT.glob(f"{folder}/*.py"))}
 CASES = {  # name: (what is measured, unit)
     "bare": ("bare scan of IQL's matrix products and Adam, 1 seed", "updates/s"),
     "iql-offline-1": ("iql.py offline, 1 seed", "updates/s"),
@@ -29,13 +30,25 @@ CASES = {  # name: (what is measured, unit)
     "iql-online-cores": ("iql.py online in Hopper-v5, 1 seed per core", "seed-steps/s"),
     "iql-start": ("iql.py, process start to the end of the first update, 1M rows", "s"),
     "sac-online-1": ("sac.py online in Hopper-v5, 1 seed, updates included", "steps/s"),
+    "bc-offline-1": ("bc.py offline, 1 seed", "updates/s"),
+    "cql-offline-1": ("cql.py offline, 3 x 10 sampled actions, 1 seed", "updates/s"),
+    "cql-offline-cores": ("cql.py offline, 1 seed per core", "seed-updates/s"),
+    "cal_ql-offline-1": ("cal_ql.py offline, 3 x 10 sampled actions, 1 seed", "updates/s"),
+    "cal_ql-online-1": ("cal_ql.py online in Hopper-v5, 1 seed, updates included", "steps/s"),
+    "sac_finetune-online-1": ("sac_finetune.py --mode mixed online in Hopper-v5", "steps/s"),
+    "rlpd-online-1": ("rlpd.py online in Hopper-v5, 10 critics, critic updates", "updates/s"),
 }
-ROWS, OBSERVATIONS, ACTIONS, STEPS, REPETITIONS = 1_000_000, 11, 3, 1000, 7
+SETTINGS = {  # what differs from the defaults of Config
+    "iql": {}, "sac": {}, "bc": {}, "cql": {}, "cal_ql": {}, "rlpd": {"critic_updates": 20},
+    "sac_finetune": {"mode": "mixed", "offline_ratio": 0.5, "critic_updates": 1},
+}
+STEPS = {"cql": 200, "cal_ql": 200, "rlpd": 20}  # per repetition; else 1,000
+ROWS, OBSERVATIONS, ACTIONS, REPETITIONS = 1_000_000, 11, 3, 7
 
 
 def load(name):
     """A script as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / SCRIPTS[name])
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS[name])
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     spec.loader.exec_module(module)
@@ -48,7 +61,9 @@ def dataset(module):
 
     rng = np.random.default_rng(0)
     shapes = ((ROWS, OBSERVATIONS), (ROWS, ACTIONS), (ROWS,), (ROWS, OBSERVATIONS), (ROWS,))
-    return module.Batch(*[rng.standard_normal(shape, dtype=np.float32) for shape in shapes])
+    batch = module.Batch(*[rng.standard_normal(shape, dtype=np.float32) for shape in shapes])
+    with_returns = hasattr(module, "monte_carlo_returns")
+    return batch.replace(mc_returns=batch.rewards) if with_returns else batch
 
 
 def repeat(function, amount):
@@ -103,12 +118,12 @@ def bare():
 
     scan = jax.jit(lambda carry, keys: jax.lax.scan(body, carry, keys)[0], donate_argnums=0)
     state = [(params, target, adam.init(params))]
-    keys = jax.random.split(key, STEPS)
+    keys = jax.random.split(key, 1000)
 
     def run():
         state[0] = jax.block_until_ready(scan(state[0], keys))
 
-    return repeat(run, STEPS)
+    return repeat(run, 1000)
 
 
 def make_run(module, num_seeds, **settings):
@@ -116,6 +131,7 @@ def make_run(module, num_seeds, **settings):
     import jax
     import numpy as np
 
+    settings = SETTINGS[module.__name__] | settings
     config = module.Config(num_seeds=num_seeds, **settings)
     module.use_all_cores(num_seeds)
     devices = module.seed_devices(num_seeds)
@@ -132,14 +148,17 @@ def make_run(module, num_seeds, **settings):
 
 def offline(module, num_seeds):
     run = make_run(module, num_seeds)
-    return repeat(lambda: module.offline_chunk(run, STEPS), num_seeds * STEPS)
+    steps = STEPS.get(module.__name__, 1000)
+    return repeat(lambda: module.offline_chunk(run, steps), num_seeds * steps)
 
 
 def online(module, num_seeds):
     run = make_run(module, num_seeds, online_steps=50_000, warmup_steps=1)
     module.start_online(run)
     run.online = 1
-    return repeat(lambda: module.online_chunk(run, STEPS), num_seeds * STEPS)
+    steps = STEPS.get(module.__name__, 1000)
+    amount = num_seeds * steps * (20 if module.__name__ == "rlpd" else 1)
+    return repeat(lambda: module.online_chunk(run, steps), amount)
 
 
 def start():
@@ -155,7 +174,7 @@ def start():
     np.savez(folder / "rows.npz", observations=rows.observations, rewards=rows.rewards,
              actions=np.clip(rows.actions, -1, 1), next_observations=rows.next_observations,
              terminals=np.zeros(ROWS, bool), timeouts=timeouts)
-    command = [sys.executable, ROOT / SCRIPTS["iql"], "--dataset", folder / "rows.npz", "--env-id",
+    command = [sys.executable, SCRIPTS["iql"], "--dataset", folder / "rows.npz", "--env-id",
                "Hopper-v5", "--offline-steps", "1", "--online-steps", "0", "--eval-interval", "1",
                "--log-interval", "1", "--eval-episodes", "1"]
     seconds = []

@@ -160,7 +160,8 @@ def passes(folder, file, expression):
         "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false", "PYTHONDONTWRITEBYTECODE": "1",
         "COLUMNS": "300",  # of pytest's summary: room for the reasons
     }
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", file]
+    command = [sys.executable, "-m", "pytest", "-x", "-n", "0", "-p", "no:cacheprovider",
+               file]
     command += ["-k", expression] if expression else []
     done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     if done.returncode not in (0, 1):

@@ -5,6 +5,7 @@ import dataclasses
 import math
 from functools import partial
 
+import gymnasium as gym
 import jax
 import numpy as np
 import pytest
@@ -26,7 +27,7 @@ from test_losses import (
     q_of,
     replay,
 )
-from test_run import assert_same_run, die, go, load, on_call, reused_agents
+from test_run import Killed, assert_same_run, die, go, load, on_call, reused_agents
 
 NETWORKS = ("actor", "critic", "temperature", "multiplier")
 STATE_NETWORKS |= {"cql": NETWORKS, "cal_ql": NETWORKS}
@@ -351,6 +352,22 @@ def test_returns_of_the_dataset(rule, script):
         np.testing.assert_allclose(lost, -500, rtol=1e-5)
 
 
+def test_returns_are_in_the_agents_units(script):
+    """AntMaze's 10 r - 5: a lost trajectory is worth -500, a success at its end 5; and a row whose
+    next observation is not known counts in the returns before it."""
+    config = script.Config(reward_scale=10.0, reward_shift=-5.0, return_rule="sparse")
+    zeros = np.zeros((4, 1), np.float32)
+    arrays = {"observations": zeros, "actions": zeros, "next_observations": zeros,
+              "rewards": np.array([0.0, 0.0, 0.0, 1.0]), "ends": np.array([False, True] * 2),
+              "terminals": np.array([False, False, False, True]),
+              "keep": np.array([True, False, True, True])}
+    box = gym.spaces.Box(-1, 1, (1,))
+    transform = script.fit_transform(arrays, box, config)
+    batch = script.batch_with_returns(arrays, transform, config)
+    np.testing.assert_allclose(batch.mc_returns, [-500, -5 + 0.99 * 5, 5], rtol=1e-5)
+    np.testing.assert_allclose(batch.rewards, [-5, -5, 5])
+
+
 @pytest.mark.parametrize("rule", ["finite", "sparse", "infinite"])
 def test_returns_of_the_buffer_are_those_of_the_dataset(rule, script):
     """Two seeds, a ring that overflows: a row's return is unknown until its episode has ended."""
@@ -416,8 +433,6 @@ def test_an_online_run_knows_the_returns_of_its_finished_episodes(whole, cal_ql)
     ("step_rollout", 199), ("step_rollout", 201), ("write_returns", 2), ("update_steps", 2),
 ])  # fmt: skip
 def test_killed_and_resumed_to_the_same_bits(name, number, reused, flags, whole, tmp_path):
-    from test_run import Killed
-
     with pytest.raises(Killed), on_call(reused, name, number, die):
         go(reused, tmp_path, flags)
     assert go(reused, tmp_path, flags).code == 0
