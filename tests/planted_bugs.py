@@ -17,8 +17,12 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LOSSES, LEARNING, DATA = (f"tests/test_{name}.py" for name in ("losses", "learning", "data"))
+LOSSES, LEARNING, DATA, FAMILY, FINETUNE = (
+    f"tests/test_{name}.py" for name in ("losses", "learning", "data", "cql", "finetune"))
 IQL, SAC = "algorithms/iql.py", "baselines/sac.py"
+CQL, CAL, FT = (f"algorithms/{name}.py" for name in ("cql", "cal_ql", "sac_finetune"))
+RLPD, BC = "baselines/rlpd.py", "baselines/bc.py"
+ONLY_CQL = "{} and cql and not cal_ql"
 TARGET_Q = "state.critic.apply_fn(state.target_critic_params, batch.observations, batch.actions)\n"
 OWN_Q = "state.critic.apply_fn(state.critic.params, batch.observations, batch.actions)\n"
 STEP = """    state = state.replace(value=value, key=key)
@@ -73,8 +77,8 @@ BUGS = {
         IQL, "incremental_update(critic.params, state.target",
         "incremental_update(state.critic.params, state.target", LOSSES, "iql_updates"),
     "policy-frozen-online": (
-        IQL, "return optax.join_schedules([cosine, constant], [config.offline_steps])",
-        "return cosine", LOSSES, "iql_updates"),
+        IQL, "return optax.join_schedules([offline, online], [config.offline_steps])",
+        "return offline", LOSSES, "iql_updates"),
     "evaluation-samples": (
         IQL, "return state.actor.apply_fn(state.actor.params, observations).mean()",
         "return state.actor.apply_fn(state.actor.params, observations).sample(seed=state.key)",
@@ -134,6 +138,116 @@ BUGS = {
                                        "policy.distribution.mean()", LEARNING, "sac"),
     "sac-no-uniform-start": (SAC, "jnp.where(state.critic.step == 0, uniform, action)", "action",
                              LOSSES, "sac_actions"),
+    # CQL
+    "cql-uniform-density-sign": (CQL, "-jnp.log(2.0) * shape[2]", "jnp.log(2.0) * shape[2]",
+                                 FAMILY, ONLY_CQL.format("losses")),
+    "cql-difference-sign": (CQL, "config.cql_alpha * (difference - gap).sum()",
+                            "config.cql_alpha * (gap - difference).sum()", FAMILY, "bandit"),
+    "cql-next-actions-in-next-states": (
+        CQL, "q = q_values(state, params, batch.observations, actions)  # (N, 3 M, B)",
+        "q = q_values(state, params, batch.next_observations, actions)", FAMILY,
+        ONLY_CQL.format("losses")),
+    "cql-no-importance-weights": (CQL, "        q = q - log_prob  # (N, 3 M, B)\n", "", FAMILY,
+                                  ONLY_CQL.format("losses")),
+    "cql-max-then-min": (CQL, "q.min(axis=0).max(axis=0)", "q.max(axis=1).min(axis=0)", FAMILY,
+                         ONLY_CQL.format("losses")),
+    "cql-entropy-in-the-target": (
+        CQL, "    q = random_subset(q, subset_key, config)  # (K, M, B)\n",
+        "    q = random_subset(q, subset_key, config) - _\n", FAMILY, ONLY_CQL.format("losses")),
+    "cql-gap-forgotten": (
+        CQL, "state.multiplier.apply_fn(state.multiplier.params), config.target_gap",
+        "state.multiplier.apply_fn(state.multiplier.params), 0.0", FAMILY,
+        ONLY_CQL.format("losses")),
+    "cql-multiplier-sign": (CQL, "return -multiplier * config.cql_alpha",
+                            "return multiplier * config.cql_alpha", FAMILY, "multiplier_holds"),
+    "cql-new-q-for-pi": (
+        CQL, "gradient_step(state.actor, actor_loss, state, batch",
+        "gradient_step(state.actor, actor_loss, state.replace(critic=critic), batch", FAMILY,
+        ONLY_CQL.format("replayed")),
+    "cql-no-shift": (CQL, "nn.initializers.constant(-1.0)", "nn.initializers.zeros", FAMILY,
+                     "narrow"),
+    "cql-failure-not-forever": (
+        CQL, '"sparse": failed, "infinite": 1.0}', '"sparse": 0.0, "infinite": 1.0}', FAMILY,
+        ONLY_CQL.format("returns_of_the_dataset")),
+    "cql-online-returns-by-another-rule": (
+        CQL, '"sparse": failed, "infinite": True}', '"sparse": True, "infinite": True}', FAMILY,
+        ONLY_CQL.format("returns_of_the_buffer")),
+    "cql-return-of-a-running-episode": (
+        CQL, "    unknown = np.float32(-np.inf)\n", "    unknown = np.float32(0)\n", FAMILY,
+        ONLY_CQL.format("returns_of_the_buffer")),
+    "cql-ratio-swapped": (CQL, "num_offline = round(config.batch_size * config.offline_ratio)",
+                          "num_offline = round(config.batch_size * (1 - config.offline_ratio))",
+                          FAMILY, ONLY_CQL.format("share_of_dataset")),
+    # Cal-QL
+    "cal-ql-not-calibrated": (CAL, "q.at[:, config.num_actions :].max(batch.mc_returns)", "q",
+                              FAMILY, "losses and cal_ql"),
+    "cal-ql-min": (CAL, ".max(batch.mc_returns)", ".min(batch.mc_returns)", FAMILY,
+                   "losses and cal_ql"),
+    "cal-ql-bounds-the-uniform-ones": (CAL, "q.at[:, config.num_actions :].max", "q.at[:, :].max",
+                                       FAMILY, "losses and cal_ql"),
+    "cal-ql-after-the-weights": (
+        CAL, "        q = q - log_prob  # (N, 3 M, B)\n",
+        "        q = jnp.maximum(q - log_prob, batch.mc_returns)\n", FAMILY, "losses and cal_ql"),
+    "cal-ql-episode-one-too-short": (
+        CAL, "jax.lax.fori_loop(0, jnp.minimum(length, capacity)",
+        "jax.lax.fori_loop(0, jnp.minimum(length - 1, capacity)", FAMILY,
+        "returns_of_the_buffer and cal_ql"),
+    "cal-ql-online-returns-off-by-one": (
+        CAL, "at = (last - age) % capacity", "at = (last - age - 1) % capacity", FAMILY,
+        "returns_of_the_buffer and cal_ql"),
+    "cal-ql-returns-of-raw-rewards": (
+        CAL, '    rewards = transform.rewards(arrays["rewards"])\n    failure',
+        '    rewards = arrays["rewards"]\n    failure', FAMILY, "units and cal_ql"),
+    # SAC fine-tuning
+    "ft-still-cql-online": (FT, "gradient_step(state.critic, online_critic_loss, *inputs)",
+                            "gradient_step(state.critic, critic_loss, *inputs)", FINETUNE,
+                            "naive_updates"),
+    "ft-kl-sign": (FT, "+ scale * price * kl", "- scale * price * kl", FINETUNE, "those_of_sac"),
+    "ft-price-sign": (FT, "return -state.kl_multiplier.apply_fn(params) * (kl - limit)",
+                      "return state.kl_multiplier.apply_fn(params) * (kl - limit)", FINETUNE,
+                      "price"),
+    "ft-reference-not-taken-at-the-switch": (
+        FT, "        run.shards = list(map(begin_online, run.shards))\n", "", FINETUNE,
+        "mode_sets and wsrl"),
+    "ft-limit-does-not-rise": (FT, "(config.kl_limit_end - config.kl_limit) * progress", "0.0",
+                               FINETUNE, "price"),
+    "ft-one-critic-update": (FT, "x.reshape(config.critic_updates, config.batch_size,",
+                             "x[: config.batch_size].reshape(1, config.batch_size,",
+                             FINETUNE, "wsrl_updates"),
+    "ft-no-warmup-in-wsrl": (FT, '"wsrl": dict(warmup_steps=5_000', '"wsrl": dict(warmup_steps=0',
+                             FINETUNE, "mode_sets and wsrl"),
+    "ft-iql-policy-without-its-mean": (FT, 'kept = f"{prefix}MLP", f"{prefix}Dense"',
+                                       'kept = (f"{prefix}MLP",)', FINETUNE, "taken_over"),
+    # RLPD
+    "rlpd-min-for-pi": (RLPD, "temperature * log_prob - q.mean(axis=0)",
+                        "temperature * log_prob - q.min(axis=0)", FINETUNE, "rlpd_losses"),
+    "rlpd-all-critics-in-the-target": (
+        RLPD, "random_subset(next_q, subset_key, config).min(axis=0)", "next_q.min(axis=0)",
+        FINETUNE, "rlpd_losses"),
+    "rlpd-subset-with-replacement": (RLPD, "replace=False", "replace=True", FINETUNE,
+                                     "rlpd_losses"),
+    "rlpd-no-layer-norm": (RLPD, "config.num_critics, layer_norm=True", "config.num_critics",
+                           FINETUNE, "rlpd_losses"),
+    "rlpd-always-entropy": (RLPD, "    if config.entropy_backup:\n", "    if True:\n", FINETUNE,
+                            "rlpd_losses"),
+    "rlpd-pi-on-the-first-minibatch": (RLPD, "last = jax.tree.map(lambda x: x[-1], minibatches)",
+                                       "last = jax.tree.map(lambda x: x[0], minibatches)",
+                                       FINETUNE, "many_critic_updates"),
+    "rlpd-frozen-target": (RLPD, "critic=critic, target_critic_params=target, key=key)",
+                           "critic=critic, key=key)", FINETUNE, "many_critic_updates"),
+    "rlpd-minibatches-not-mixed": (
+        RLPD, "return jnp.concatenate([x, y], axis=1).reshape(-1, *y.shape[2:])",
+        "return jnp.concatenate([x.reshape(-1, *x.shape[2:]), y.reshape(-1, *y.shape[2:])])",
+        FINETUNE, "share_of_dataset and rlpd"),
+    # BC
+    "bc-likelihood-sign": (BC, "loss = -policy.log_prob", "loss = policy.log_prob", FINETUNE,
+                           "bc_is"),
+    "bc-worst-trajectories": (BC, "np.argsort(-returns", "np.argsort(returns", FINETUNE, "percent"),
+    "bc-keeps-unknown-rows": (BC, 'arrays["keep"] & np.isin', "np.isin", FINETUNE, "percent"),
+    "bc-rows-after-an-end": (BC, 'np.concatenate([[0], np.cumsum(arrays["ends"])[:-1]])',
+                             'np.cumsum(arrays["ends"])', FINETUNE, "percent"),
+    "bc-frozen": (BC, "state.replace(actor=actor, key=key), info", "state.replace(key=key), info",
+                  FINETUNE, "bc_finds"),
 }  # fmt: skip
 
 
