@@ -7,34 +7,37 @@ online the difference is dropped, and --mode says how the collapse is met:
     naive         nothing: SAC on the new transitions only
     mixed         half of every batch from the dataset
     wsrl          no dataset: 5,000 steps of the frozen policy first, then 4 critic updates a step
-    conservative  mixed, and the policy stays within kl_limit nats of a slowly moving reference
+    conservative  mixed, and the policy stays within kl_limit nats of a reference policy
 
     Zhou et al.: Efficient Online RL Fine-Tuning Need Not Retain Offline Data (WSRL), 2412.07762
     Wu et al.: OCR-CFT, arXiv 2412.18855 (the conservative mode's constraint)
 
-    critic       L_Q     = sum_i E[ (r + discount * V(s') - Q_i(s, a))^2 ], offline + cql_alpha D_i
+    critic       L_Q     = sum_i E[ (r + discount * V(s') - Q_i(s, a))^2 ] + cql_alpha * D_i
                  V(s')   = max_j min_i Qtarget_i(s', a'_j), a'_j ~ pi(s'), j = 1 ... backup_actions
     difference   D_i     = E[ logsumexp_j (Q_i(s, a_j) - log p(a_j)) - Q_i(s, a) ], as in cql.py
-    actor        L_pi    = E[ temperature * log pi(a | s) - min_i Q_i(s, a) ], a ~ pi(s), in the
-                 conservative mode + kl_multiplier * E[ log pi(a | s) - log pi_ref(a | s) ]
+    online critic  L_Q   = the same without D_i
+    actor        L_pi    = E[ temperature * log pi(a | s) - min_i Q_i(s, a) ], a ~ pi(s)
+    online actor  L_pi   = the same, if conservative + kl_multiplier * mean|Q| * KL(pi || pi_ref)
     temperature  L_alpha = -temperature * E[ log pi(a | s) + target_entropy ]
     multiplier   L_mult  = -E[ multiplier * cql_alpha * (D - gap) ], offline, with --lagrange
     kl           L_kl    = -kl_multiplier * (KL - kl_limit), in the conservative mode
 
-    python algorithms/sac_finetune.py --mode wsrl                     # pre-trains with CQL first
+    python algorithms/sac_finetune.py --mode conservative             # pre-trains with CQL first
     python algorithms/sac_finetune.py --mode naive --init-from RUN    # of cql, cal_ql or iql
+    python algorithms/sac_finetune.py --mode wsrl --num-critics 10 --target-critics 2 --layer-norm
 
 Deviations from the authors' code (github.com/zhouzypaul/wsrl, github.com/QinwenLuo/OCR-CFT):
- 1. WSRL pre-trains with 10 critics, 2 of them in a target, and LayerNorm: here --num-critics 10
-    --target-critics 2 --layer-norm, offline and online, so that all modes can start from one agent.
-    The subset is drawn without replacement.
- 2. WSRL's actor and temperature see the last of the critic's minibatches, not all of them.
- 3. The conservative mode is a reconstruction. OCR-CFT bounds the KL to the best policy so far; here
-    the reference is a moving average of the policy (`tau`), as in td3_c.py, or --reference frozen.
-    The limit rises over `kl_steps` as there. The multiplier weighs the gradient of a mean of
-    log-ratios, with Q divided by its mean magnitude.
+ 1. --mode wsrl alone is WSRL's schedule on plain networks, so that all modes can start from one
+    agent; the third command above is the published one. The random pair is drawn without
+    replacement, and in the target only, not in the CQL term; the policy's std depends on the
+    state in antmaze, too. Actor and temperature see the last of the critic's minibatches.
+ 2. The conservative mode is a reconstruction. From OCR-CFT are the limit's line (0.125 to 2 nats
+    over 100k updates) and a multiplier; not its reconstruction and alignment of the critic, the
+    penalty in the target, the reference that is the best policy so far (here the pre-trained
+    one, or --reference average, with a limit near 0.004), 10 updates per step, or its loss.
+ 3. The first 1,000 steps in every other mode are the frozen policy's, too.
  4. An IQL checkpoint's policy becomes a squashed Gaussian with the same mode, nearly the same std.
- 5. As in cql.py: initialisation, the temperature's loss, settings of locomotion and PointMaze.
+ 5. As in cql.py: initialisation, the temperature's loss, the domains' settings.
 """
 
 # /// script
@@ -142,7 +145,8 @@ class Config:
     mode: Literal["naive", "mixed", "wsrl", "conservative"] = "naive"  # see above
     offline_ratio: float | None = None  # of every online batch; see MODES
     critic_updates: int | None = None  # minibatches for the critic per update; see MODES
-    reference: Literal["average", "frozen"] = "average"  # policy to stay close to: conservative
+    online_backup_actions: int = 1  # backup_actions, after the switch
+    reference: Literal["frozen", "average"] = "frozen"  # policy to stay close to: conservative
     kl_limit: float = 0.125  # of the KL divergence from it (nats), at the switch
     kl_limit_end: float = 2.0  # after kl_steps updates; in between a line
     kl_steps: int = 100_000  # see kl_limit_end
@@ -163,20 +167,21 @@ class Config:
 PRESETS = {
     "mujoco": dict(
         cql_alpha=10.0, hidden_dims=(256,) * 3, critic_hidden_dims=(256,) * 3,
-        policy_learning_rate=3e-5, normalize_returns=True, normalize_observations=True,
+        policy_learning_rate=3e-5, normalize_observations=True,
     ),
     "antmaze": dict(
         cql_alpha=5.0, lagrange=True, target_gap=0.8, backup_actions=10, reward_scale=10.0,
         reward_shift=-5.0, critic_hidden_dims=(256,) * 4, return_rule="sparse",
-        eval_episodes=100, eval_interval=50_000,
+        eval_episodes=100, eval_interval=50_000, online_backup_actions=10,
     ),
     "kitchen": dict(
-        cql_alpha=5.0, importance_sampling=False, backup_actions=10, offline_ratio=0.25,
+        cql_alpha=5.0, importance_sampling=False, backup_actions=10,
         hidden_dims=(512,) * 3, critic_hidden_dims=(512,) * 3, return_rule="infinite",
         offline_steps=500_000,
     ),
     "adroit": dict(
-        cql_alpha=1.0, backup_actions=10, hidden_dims=(256,) * 3, critic_hidden_dims=(256,) * 3
+        cql_alpha=1.0, backup_actions=10, difference_min=-200.0, hidden_dims=(256,) * 3,
+        critic_hidden_dims=(256,) * 3,
     ),
 }
 PRESETS["pointmaze"] = PRESETS["antmaze"]
@@ -191,10 +196,10 @@ PRESETS["smoke"] = PRESETS["mujoco"] | dict(
 )
 
 MODES = {  # what is left open above, by mode
-    "naive": dict(warmup_steps=0, offline_ratio=0.0, critic_updates=1),
-    "mixed": dict(warmup_steps=0, offline_ratio=0.5, critic_updates=1),
+    "naive": dict(warmup_steps=1_000, offline_ratio=0.0, critic_updates=1),
+    "mixed": dict(warmup_steps=1_000, offline_ratio=0.5, critic_updates=1),
     "wsrl": dict(warmup_steps=5_000, offline_ratio=0.0, critic_updates=4),
-    "conservative": dict(warmup_steps=0, offline_ratio=0.5, critic_updates=1),
+    "conservative": dict(warmup_steps=1_000, offline_ratio=0.5, critic_updates=1),
 }
 
 RANGES = {  # smallest and largest accepted value
@@ -205,8 +210,8 @@ RANGES = {  # smallest and largest accepted value
     "num_critics": (1, 100), "target_critics": (1, 100), "seed": (0, 2**31 - 1),
     "buffer_size": (1, 10**9), "warmup_steps": (0, 10**9), "reward_scale": (-1e9, 1e9),
     "reward_shift": (-1e9, 1e9), "offline_ratio": (0.0, 1.0), "cql_alpha": (0.0, 1e6),
-    "critic_updates": (1, 1000), "kl_limit": (0.0, 1e6), "kl_limit_end": (0.0, 1e6),
-    "kl_steps": (1, 10**9), "kl_learning_rate": (0.0, 1.0),
+    "critic_updates": (1, 1000), "online_backup_actions": (1, 1000), "kl_limit": (0.0, 1e6),
+    "kl_limit_end": (0.0, 1e6), "kl_steps": (1, 10**9), "kl_learning_rate": (0.0, 1.0),
     "target_gap": (-1e6, 1e6), "num_actions": (1, 1000), "backup_actions": (1, 1000),
 }
 
@@ -362,6 +367,7 @@ def create_agent_state(key, observation_dim, action_dim, config):
     critic_params = critic.init(critic_key, observations, actions)
     actor_params = actor.init(actor_key, observations)
     kl_adam = optax.adam(config.kl_learning_rate)
+    kl_params = jax.tree.map(jnp.zeros_like, multiplier.init(temperature_key))  # 1 at the start
     adam, policy_adam = optax.adam(config.learning_rate), optax.adam(config.policy_learning_rate)
     return AgentState(
         actor=TrainState.create(
@@ -375,7 +381,7 @@ def create_agent_state(key, observation_dim, action_dim, config):
             apply_fn=multiplier.apply, params=multiplier.init(temperature_key), tx=adam
         ),
         kl_multiplier=TrainState.create(
-            apply_fn=multiplier.apply, params=multiplier.init(temperature_key), tx=kl_adam
+            apply_fn=multiplier.apply, params=kl_params, tx=kl_adam
         ),
         target_critic_params=jax.tree.map(jnp.copy, critic_params),
         reference_params=jax.tree.map(jnp.copy, actor_params),
@@ -460,6 +466,7 @@ def critic_loss(params, state, batch, key, config):
 
 def online_critic_loss(params, state, batch, key, config):
     """critic_loss without the difference: the Bellman error alone, summed over the critics."""
+    config = dataclasses.replace(config, backup_actions=config.online_backup_actions)
     target_q = target_values(state, batch, key, config)  # (B,)
     q = state.critic.apply_fn(params, batch.observations, batch.actions)  # (N, B)
     loss = ((q - target_q[None]) ** 2).mean(axis=1).sum()
@@ -489,8 +496,8 @@ def online_actor_loss(params, state, batch, key, config):
     policy = state.actor.apply_fn(params, batch.observations)
     actions, log_prob = policy.sample_and_log_prob(seed=key)  # (B, A), (B,)
     reference = state.actor.apply_fn(state.reference_params, batch.observations)
-    limit = ACTION_LIMIT  # beyond it the reference's density is not finite
-    kl = (log_prob - reference.log_prob(jnp.clip(actions, -limit, limit))).mean()
+    # tanh maps one to one: the divergence is that of the Gaussians before it
+    kl = policy.distribution.kl_divergence(reference.distribution).mean()
     q = state.critic.apply_fn(state.critic.params, batch.observations, actions)  # (N, B)
     temperature = state.temperature.apply_fn(state.temperature.params)  # ()
     price = state.kl_multiplier.apply_fn(state.kl_multiplier.params)  # ()
@@ -541,8 +548,14 @@ def update_step(state, batch, config):
 
 
 def begin_online(state):
-    """At the switch: the reference policy is the pre-trained one."""
-    return state.replace(reference_params=jax.tree.map(jnp.copy, state.actor.params))
+    """At the switch: the reference policy is the pre-trained one, and its price starts at 1."""
+    params = jax.tree.map(jnp.zeros_like, state.kl_multiplier.params)
+    kl_multiplier = state.kl_multiplier.replace(
+        step=jnp.zeros_like(state.kl_multiplier.step), params=params,
+        opt_state=state.kl_multiplier.tx.init(params),
+    )
+    reference_params = jax.tree.map(jnp.copy, state.actor.params)
+    return state.replace(reference_params=reference_params, kl_multiplier=kl_multiplier)
 
 
 def online_update(state, batch, config):
@@ -569,6 +582,8 @@ def online_update(state, batch, config):
     if config.mode == "conservative":
         inputs = state, actor_info["kl"], config
         kl_multiplier, _ = gradient_step(state.kl_multiplier, kl_loss, *inputs)
+        bounded = jax.tree.map(lambda x: jnp.clip(x, -3.0, 4.6), kl_multiplier.params)
+        kl_multiplier = kl_multiplier.replace(params=bounded)  # 0.05 ... 100: it has to turn round
         reference = state.reference_params
         if config.reference == "average":
             reference = optax.incremental_update(actor.params, reference, config.tau)
@@ -1276,7 +1291,8 @@ def reference_returns(spec):
     ends = not spec["kwargs"].get("continuing_task", True)
     if "Maze" in spec["id"] and ends and spec["kwargs"].get("reward_type") != "dense":
         return 0.0, 1.0, "success rate in percent"
-    if spec["id"] in REFERENCE_RETURNS:
+    counted = not spec["kwargs"].get("remove_task_when_completed", True)  # kitchen, as in D4RL/
+    if spec["id"] in REFERENCE_RETURNS and not counted:
         return *REFERENCE_RETURNS[spec["id"]], "D4RL's, 0 random, 100 expert"
     return np.nan, np.nan, "no reference known, returns are raw"
 
@@ -1306,6 +1322,10 @@ def restore(template, arrays, prefix, path):
         found = arrays[name].shape if name in arrays else "missing"
         if found != leaf.shape:
             fail(f"{path}: {name} is {found}, but this run needs {leaf.shape}")
+    unused = {name for name in arrays if name.startswith(f"{prefix}/")}
+    unused -= set(named_arrays(template, prefix))
+    if unused:
+        fail(f"{path}: {min(unused)} has no place in this run; another size of its networks?")
     return jax.tree.unflatten(structure, [arrays[name] for name in named_arrays(template, prefix)])
 
 
@@ -1411,11 +1431,16 @@ def squashed(arrays, fresh):
 
 
 def adopt_agent(run, source):
-    """Put agent and transform of a checkpoint of INIT_FROM into `run`; what it lacks stays fresh,
-    and the optimisers' states are carried over where they fit."""
+    """Put agent and transform of a checkpoint of INIT_FROM into `run`, the optimisers' states, too;
+    fresh stays only what the other script has not."""
     arrays, meta, found = load_own_checkpoint(source, INIT_FROM)
-    fresh = named_arrays(to_host(run.shards), "state")
-    mine = squashed(arrays, fresh) if meta["script"] == "iql" else arrays
+    fresh, lacking = named_arrays(to_host(run.shards), "state"), ["kl_multiplier", "reference"]
+    mine = arrays
+    if meta["script"] == "iql":
+        mine = squashed(arrays, fresh)
+        lacking += ["actor/step", "actor/opt_state", "temperature", "multiplier", "key"]
+    lacking = tuple(f"state/{name}" for name in lacking)
+    fresh = {name: x for name, x in fresh.items() if name.startswith(lacking)}
     run.shards = to_devices(restore(to_host(run.shards), fresh | mine, "state", found), run.devices)
     names = [field.name for field in dataclasses.fields(Transform)]
     run.transform = Transform(**{name: arrays[f"transform/{name}"] for name in names})
@@ -1512,10 +1537,16 @@ def parse_config(arguments):
 
 
 def write_json(path, value):
-    """Write JSON so that a kill leaves the old file or the new one."""
+    """Write JSON so that a kill leaves the old file or the new one. May raise OSError."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w") as file:
+            file.write(json.dumps(value, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def open_folder(config, dataset):
@@ -1534,7 +1565,7 @@ def open_folder(config, dataset):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         starts = folder / "versions.json"
         earlier = json.loads(starts.read_text()) if starts.exists() else []
-        write_json(starts, [*earlier, versions(script, dataset)])
+        write_json(starts, [*earlier, versions(script, dataset, config.init_from)])
         write_json(folder / "config.json", dataclasses.asdict(config))
     except BlockingIOError:
         fail(f"{folder}: another process is at work in it")
@@ -1543,7 +1574,7 @@ def open_folder(config, dataset):
     return folder, lock
 
 
-def versions(script, dataset):
+def versions(script, dataset, init_from=None):
     """What makes a run: command, code, data, packages, machine."""
 
     def git(*words):
@@ -1558,7 +1589,11 @@ def versions(script, dataset):
         return hashlib.sha256(file.read_bytes()).hexdigest()
 
     data = dataset / "main_data.hdf5" if dataset and dataset.is_dir() else dataset
-    packages = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
+    agent = init_from and Path(init_from)
+    agent = agent / "checkpoint.npz" if agent and agent.is_dir() else agent
+    found = importlib.metadata.distributions()
+    packages = {d.metadata["Name"].lower(): d.version for d in found if d.metadata["Name"]}
+    settings = {k: v for k, v in os.environ.items() if k.startswith(("JAX_", "XLA_", "OMP_"))}
     return {
         "command": sys.argv, "script": script.name, "script_sha256": sha256(script),
         "git_commit": git("rev-parse", "HEAD"),
@@ -1566,7 +1601,8 @@ def versions(script, dataset):
         "dataset": str(dataset), "dataset_sha256": sha256(data) if data else None,
         "python": platform.python_version(), "machine": platform.platform(),
         "cores": os.cpu_count(), "device": jax.devices()[0].device_kind,
-        "xla_flags": os.environ.get("XLA_FLAGS"), "packages": packages,
+        "init_from_sha256": sha256(agent) if agent else None,
+        "environment_variables": settings, "packages": packages,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
@@ -1660,8 +1696,9 @@ def write_record(run, ended):
         return text if name == "phase" else float(text) if text else None
 
     made = ("started", "git_commit", "script_sha256")
-    write_json(run.folder / "record.json", {
+    record = {
         "ended": ended,  # "finished", a signal's name, or what was not finite
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "offline": run.offline, "online": run.online,
         "resumes": len(starts) - 1,
         "seconds": seconds,  # of training, by phase
@@ -1675,7 +1712,11 @@ def write_record(run, ended):
         "starts": [{name: start[name] for name in made} for start in starts],
         "versions": starts[-1],
         "curve": {name: [value(name, row[name]) for row in evaluations] for name in COLUMNS},
-    })
+    }
+    try:
+        write_json(run.folder / "record.json", record)
+    except OSError as error:
+        fail(f"cannot write record.json ({error.strerror})", code=4)
 
 
 def catch_signals():
@@ -1712,8 +1753,9 @@ def summarize(run):
         last = {row["phase"]: f"{row['phase']} {float(row[column]):.1f}" for row in mine}
         online = [float(row[column]) for row in mine if row["phase"] == "online"]
         lowest = f", lowest online {min(online):.1f}" if online else ""
-        if online and column == "score":  # Cal-QL's: how much was missed while fine-tuning
-            lowest += f", regret {np.mean([1 - score / 100 for score in online]):.2f}"
+        later = online[any(row["phase"] == "online" and row["step"] == "0" for row in mine) :]
+        if later and column == "score":  # Cal-QL's: how much was missed while fine-tuning
+            lowest += f", regret {np.mean([1 - score / 100 for score in later]):.2f}"
         print(f"seed {seed:4} {column}: {', then '.join(last.values())}{lowest}")
     axes.set(xlabel="updates offline | environment steps online", ylabel=column,
              title=str(run.folder))
@@ -1833,24 +1875,33 @@ def online_chunk(run, num_steps):
 
 
 @jax.jit
-def probe(state, dataset, buffer):
-    """Mean Q (S,) of the same 1,000 dataset rows each time, and of 1,000 new transitions."""
+def mean_q(state, rows, sizes):
+    """Mean Q (S,) of 1,000 of the first `sizes` (S,) rows (S, C, ...), the same ones each time."""
 
-    def one_seed(state, buffer):
-        key = jax.random.PRNGKey(0)
-        offline = sample(dataset, dataset.rewards.shape[0], key, 1000)
-        online = sample(buffer.rows, buffer.size, key, 1000)
-        q = [state.critic.apply_fn(state.critic.params, x.observations, x.actions).mean()
-             for x in (offline, online)]
-        return {"offline_q": q[0], "online_q": q[1]}
+    def one_seed(state, rows, size):
+        batch = sample(rows, size, jax.random.PRNGKey(0), 1000)
+        return state.critic.apply_fn(state.critic.params, batch.observations, batch.actions).mean()
 
-    return for_each_seed(one_seed, state, buffer)
+    return for_each_seed(one_seed, state, rows, sizes)
 
 
-def online_chunk_with_probe(run, num_steps):
+def offline_q(run):
+    """{"offline_q": mean Q (S,) of dataset rows}."""
+    values = []
+    for state, dataset in zip(run.shards, run.datasets, strict=True):
+        some = sample(dataset, dataset.rewards.shape[0], jax.random.PRNGKey(0), 1000)
+        seeds = len(state.key)
+        rows = jax.tree.map(lambda x, n=seeds: jnp.broadcast_to(x, (n, *x.shape)), some)
+        values.append(mean_q(state, rows, jnp.full(seeds, 1000)))
+    return {"offline_q": to_host(values)}
+
+
+def online_chunk_with_q(run, num_steps):
     """online_chunk, and after it how the critic judges the dataset and the new transitions."""
     values = online_chunk(run, num_steps)
-    return values | to_host(list(map(probe, run.shards, run.datasets, run.buffers)))
+    q = [mean_q(state, buffer.rows, buffer.size)
+         for state, buffer in zip(run.shards, run.buffers, strict=True)]
+    return values | offline_q(run) | {"online_q": to_host(q)}
 
 
 def train(run, phase, chunk, num_steps, received):
@@ -1863,7 +1914,7 @@ def train(run, phase, chunk, num_steps, received):
         done += size
         setattr(run, phase, done)
         seconds = time.time() - begin
-        updates = size * per_step * config.num_seeds if set(METRICS) & set(values) else 0
+        updates = size * per_step * config.num_seeds if "actor_loss" in values else 0
         check_finite(run, phase, values)
         values |= {"updates_per_second": np.full(config.num_seeds, updates / seconds),
                    "seconds": np.full(config.num_seeds, seconds)}
@@ -1945,15 +1996,17 @@ def main(arguments=None):
     batch = batch_with_returns(arrays, run.transform, config)
     run.datasets = [jax.device_put(batch, device) for device in devices]
     describe(run, dataset, arrays)
+    print(f"mode      {config.mode}: " + ", ".join(f"{k} {getattr(config, k)}" for k in
+                                                   MODES[config.mode]), flush=True)
     open_log(run)
     if not config.init_from:
         train(run, "offline", offline_chunk, config.offline_steps, received)
     if config.online_steps and run.rollout is None:
-        run.shards = list(map(begin_online, run.shards))
+        run.shards = list(map(jax.vmap(begin_online), run.shards))
         start_online(run)
         if run.offline == 0:  # otherwise the last offline evaluation is the one at the switch
-            write_log(run, "online", evaluation_values(run))
-    train(run, "online", online_chunk_with_probe, config.online_steps, received)
+            write_log(run, "online", evaluation_values(run) | offline_q(run))
+    train(run, "online", online_chunk_with_q, config.online_steps, received)
     run.bar.close()
     write_record(run, "finished")
     summarize(run)

@@ -354,7 +354,8 @@ def reference_returns(spec):
     ends = not spec["kwargs"].get("continuing_task", True)
     if "Maze" in spec["id"] and ends and spec["kwargs"].get("reward_type") != "dense":
         return 0.0, 1.0, "success rate in percent"
-    if spec["id"] in REFERENCE_RETURNS:
+    counted = not spec["kwargs"].get("remove_task_when_completed", True)  # kitchen, as in D4RL/
+    if spec["id"] in REFERENCE_RETURNS and not counted:
         return *REFERENCE_RETURNS[spec["id"]], "D4RL's, 0 random, 100 expert"
     return np.nan, np.nan, "no reference known, returns are raw"
 
@@ -376,6 +377,10 @@ def restore(template, arrays, prefix, path):
         found = arrays[name].shape if name in arrays else "missing"
         if found != leaf.shape:
             fail(f"{path}: {name} is {found}, but this run needs {leaf.shape}")
+    unused = {name for name in arrays if name.startswith(f"{prefix}/")}
+    unused -= set(named_arrays(template, prefix))
+    if unused:
+        fail(f"{path}: {min(unused)} has no place in this run; another size of its networks?")
     return jax.tree.unflatten(structure, [arrays[name] for name in named_arrays(template, prefix)])
 
 
@@ -402,7 +407,7 @@ def load_checkpoint(path):
     return fail(f"{path}: no readable checkpoint")
 
 
-def versions(script, dataset):
+def versions(script, dataset, init_from=None):
     """What makes a run: command, code, data, packages, machine."""
 
     def git(*words):
@@ -417,7 +422,11 @@ def versions(script, dataset):
         return hashlib.sha256(file.read_bytes()).hexdigest()
 
     data = dataset / "main_data.hdf5" if dataset and dataset.is_dir() else dataset
-    packages = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
+    agent = init_from and Path(init_from)
+    agent = agent / "checkpoint.npz" if agent and agent.is_dir() else agent
+    found = importlib.metadata.distributions()
+    packages = {d.metadata["Name"].lower(): d.version for d in found if d.metadata["Name"]}
+    settings = {k: v for k, v in os.environ.items() if k.startswith(("JAX_", "XLA_", "OMP_"))}
     return {
         "command": sys.argv, "script": script.name, "script_sha256": sha256(script),
         "git_commit": git("rev-parse", "HEAD"),
@@ -425,7 +434,8 @@ def versions(script, dataset):
         "dataset": str(dataset), "dataset_sha256": sha256(data) if data else None,
         "python": platform.python_version(), "machine": platform.platform(),
         "cores": os.cpu_count(), "device": jax.devices()[0].device_kind,
-        "xla_flags": os.environ.get("XLA_FLAGS"), "packages": packages,
+        "init_from_sha256": sha256(agent) if agent else None,
+        "environment_variables": settings, "packages": packages,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 

@@ -713,7 +713,8 @@ def reference_returns(spec):
     ends = not spec["kwargs"].get("continuing_task", True)
     if "Maze" in spec["id"] and ends and spec["kwargs"].get("reward_type") != "dense":
         return 0.0, 1.0, "success rate in percent"
-    if spec["id"] in REFERENCE_RETURNS:
+    counted = not spec["kwargs"].get("remove_task_when_completed", True)  # kitchen, as in D4RL/
+    if spec["id"] in REFERENCE_RETURNS and not counted:
         return *REFERENCE_RETURNS[spec["id"]], "D4RL's, 0 random, 100 expert"
     return np.nan, np.nan, "no reference known, returns are raw"
 
@@ -743,6 +744,10 @@ def restore(template, arrays, prefix, path):
         found = arrays[name].shape if name in arrays else "missing"
         if found != leaf.shape:
             fail(f"{path}: {name} is {found}, but this run needs {leaf.shape}")
+    unused = {name for name in arrays if name.startswith(f"{prefix}/")}
+    unused -= set(named_arrays(template, prefix))
+    if unused:
+        fail(f"{path}: {min(unused)} has no place in this run; another size of its networks?")
     return jax.tree.unflatten(structure, [arrays[name] for name in named_arrays(template, prefix)])
 
 
@@ -909,10 +914,16 @@ def parse_config(arguments):
 
 
 def write_json(path, value):
-    """Write JSON so that a kill leaves the old file or the new one."""
+    """Write JSON so that a kill leaves the old file or the new one. May raise OSError."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w") as file:
+            file.write(json.dumps(value, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def open_folder(config, dataset):
@@ -931,7 +942,7 @@ def open_folder(config, dataset):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         starts = folder / "versions.json"
         earlier = json.loads(starts.read_text()) if starts.exists() else []
-        write_json(starts, [*earlier, versions(script, dataset)])
+        write_json(starts, [*earlier, versions(script, dataset, config.init_from)])
         write_json(folder / "config.json", dataclasses.asdict(config))
     except BlockingIOError:
         fail(f"{folder}: another process is at work in it")
@@ -940,7 +951,7 @@ def open_folder(config, dataset):
     return folder, lock
 
 
-def versions(script, dataset):
+def versions(script, dataset, init_from=None):
     """What makes a run: command, code, data, packages, machine."""
 
     def git(*words):
@@ -955,7 +966,11 @@ def versions(script, dataset):
         return hashlib.sha256(file.read_bytes()).hexdigest()
 
     data = dataset / "main_data.hdf5" if dataset and dataset.is_dir() else dataset
-    packages = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
+    agent = init_from and Path(init_from)
+    agent = agent / "checkpoint.npz" if agent and agent.is_dir() else agent
+    found = importlib.metadata.distributions()
+    packages = {d.metadata["Name"].lower(): d.version for d in found if d.metadata["Name"]}
+    settings = {k: v for k, v in os.environ.items() if k.startswith(("JAX_", "XLA_", "OMP_"))}
     return {
         "command": sys.argv, "script": script.name, "script_sha256": sha256(script),
         "git_commit": git("rev-parse", "HEAD"),
@@ -963,7 +978,8 @@ def versions(script, dataset):
         "dataset": str(dataset), "dataset_sha256": sha256(data) if data else None,
         "python": platform.python_version(), "machine": platform.platform(),
         "cores": os.cpu_count(), "device": jax.devices()[0].device_kind,
-        "xla_flags": os.environ.get("XLA_FLAGS"), "packages": packages,
+        "init_from_sha256": sha256(agent) if agent else None,
+        "environment_variables": settings, "packages": packages,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
@@ -1057,8 +1073,9 @@ def write_record(run, ended):
         return text if name == "phase" else float(text) if text else None
 
     made = ("started", "git_commit", "script_sha256")
-    write_json(run.folder / "record.json", {
+    record = {
         "ended": ended,  # "finished", a signal's name, or what was not finite
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "offline": run.offline, "online": run.online,
         "resumes": len(starts) - 1,
         "seconds": seconds,  # of training, by phase
@@ -1072,7 +1089,11 @@ def write_record(run, ended):
         "starts": [{name: start[name] for name in made} for start in starts],
         "versions": starts[-1],
         "curve": {name: [value(name, row[name]) for row in evaluations] for name in COLUMNS},
-    })
+    }
+    try:
+        write_json(run.folder / "record.json", record)
+    except OSError as error:
+        fail(f"cannot write record.json ({error.strerror})", code=4)
 
 
 def catch_signals():
@@ -1109,8 +1130,9 @@ def summarize(run):
         last = {row["phase"]: f"{row['phase']} {float(row[column]):.1f}" for row in mine}
         online = [float(row[column]) for row in mine if row["phase"] == "online"]
         lowest = f", lowest online {min(online):.1f}" if online else ""
-        if online and column == "score":  # Cal-QL's: how much was missed while fine-tuning
-            lowest += f", regret {np.mean([1 - score / 100 for score in online]):.2f}"
+        later = online[any(row["phase"] == "online" and row["step"] == "0" for row in mine) :]
+        if later and column == "score":  # Cal-QL's: how much was missed while fine-tuning
+            lowest += f", regret {np.mean([1 - score / 100 for score in later]):.2f}"
         print(f"seed {seed:4} {column}: {', then '.join(last.values())}{lowest}")
     axes.set(xlabel="updates offline | environment steps online", ylabel=column,
              title=str(run.folder))
@@ -1237,7 +1259,7 @@ def train(run, phase, chunk, num_steps, received):
         done += size
         setattr(run, phase, done)
         seconds = time.time() - begin
-        updates = size * per_step * config.num_seeds if set(METRICS) & set(values) else 0
+        updates = size * per_step * config.num_seeds if "actor_loss" in values else 0
         check_finite(run, phase, values)
         values |= {"updates_per_second": np.full(config.num_seeds, updates / seconds),
                    "seconds": np.full(config.num_seeds, seconds)}

@@ -18,14 +18,17 @@ ROOT = Path(__file__).resolve().parent.parent
 TIMING = {"seconds", "updates_per_second"}
 
 
-def command_of(record, folder, data):
-    """The record's command line with its own run folder, and its dataset looked for in `data`."""
+def command_of(record, folder, data, runs):
+    """The record's command line with its own run folder, its dataset looked for in `data`, and the
+    run that it starts from in `runs`."""
     _, *words = record["versions"]["command"]
     for i, flag in enumerate(words[:-1]):
         if flag in ("--resume", "--run-dir"):
             words[i + 1] = str(folder)
         if flag == "--dataset" and data and words[i + 1].endswith((".npz", ".hdf5")):
             words[i + 1] = str(data / Path(words[i + 1]).name)
+        if flag == "--init-from" and runs:
+            words[i + 1] = str(runs.joinpath(*Path(words[i + 1]).parts[-3:]))
     if not {"--resume", "--run-dir"} & set(words):
         words += ["--run-dir", str(folder)]
     script = record["versions"]["script"]
@@ -60,17 +63,22 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("record", type=Path)
     parser.add_argument("--data", type=Path, help="folder of the dataset, if it has moved")
+    parser.add_argument("--runs", type=Path, help="run folders of the sweep, for --init-from")
     arguments = parser.parse_args()
     if not arguments.record.is_file():
         sys.exit(f"{arguments.record}: no such record")
     old = json.loads(arguments.record.read_text())
     with tempfile.TemporaryDirectory() as folder:
-        command, script = command_of(old, Path(folder) / "run", arguments.data)
+        command, script = command_of(
+            old, Path(folder) / "run", arguments.data, arguments.runs)
         if hashlib.sha256(script.read_bytes()).hexdigest() != old["versions"]["script_sha256"]:
             print(f"{script.name} has changed since; `git checkout "
                   f"{old['versions']['git_commit'][:10]}` for the one that made the record")
-        flags = old["versions"]["xla_flags"]
-        env = os.environ | ({"XLA_FLAGS": flags} if flags else {})
+        made = old["versions"].get("environment_variables", {})
+        env = os.environ | {k: v for k, v in made.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+        if old["versions"]["device"] == "cpu":
+            env |= {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1",
+                    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
         done = subprocess.run(command, env=env, check=False)
         path = Path(folder) / "run" / "record.json"
         if not path.exists():

@@ -13,9 +13,11 @@ two of them do more updates than one over both cores, and do not disturb each ot
 """
 
 import argparse
+import contextlib
 import csv
 import ctypes
 import dataclasses
+import fcntl
 import json
 import os
 import shutil
@@ -49,7 +51,10 @@ class Died(Exception):
 
 def read_matrix(path, profile, data, runs):
     """The trials of a profile, all first seeds first. Exits on an entry it cannot understand."""
-    matrix = tomllib.loads(path.read_text())
+    try:
+        matrix = tomllib.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        sys.exit(f"{path}: {error}")
     trials = []
     for entry in matrix["trials"]:
         unknown = set(entry) - {"name", "script", "datasets", "seeds", "cpu", "gpu", "after"}
@@ -77,14 +82,11 @@ def read_matrix(path, profile, data, runs):
     trials = [trial for _, trial in sorted(trials, key=lambda pair: pair[0])]
     names = [trial.name for trial in trials]
     for trial in trials:
-        if names.count(trial.name) > 1 or (trial.after and trial.after not in names):
-            sys.exit(f"{path}: {trial.name}: two of that name, or nothing of name {trial.after}")
+        if names.count(trial.name) > 1:
+            sys.exit(f"{path}: two trials of name {trial.name}")
+        if trial.after and trial.after not in names[: names.index(trial.name)]:
+            sys.exit(f"{path}: {trial.name}: nothing of name {trial.after} above it")
     return trials
-
-
-def die_with_parent():
-    """Linux: a script ends with the Ray worker above it; its next start needs the folder's lock."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def run_script(command, folder, gpu):
@@ -93,41 +95,85 @@ def run_script(command, folder, gpu):
     Returns (exit code, last line of its log). Raises Died if it was killed.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:  # after a lost node: until its script has ended
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(1)
     env = os.environ | {"PYTHONUNBUFFERED": "1", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    if not gpu:
+    if gpu:
+        env["JAX_PLATFORMS"] = "cuda,cpu"  # without a GPU an error, not a slow run
+    else:
         env |= {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false", "JAX_PLATFORMS": "cpu",
                 "OMP_NUM_THREADS": "1"}
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+    def die_with_parent():
+        libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: the script ends with the worker above it
+
     with open(folder / "log.txt", "a") as log:
-        process = subprocess.Popen(
-            [sys.executable, *command], env=env, stdout=log, stderr=log,
-            preexec_fn=die_with_parent if sys.platform == "linux" else None,
+        process = subprocess.Popen(  # of its own session: a terminal's Ctrl-C comes to us only
+            [sys.executable, *command], env=env, stdout=log, stderr=log, start_new_session=True,
+            preexec_fn=die_with_parent if libc else None,
         )
         try:
-            code = process.wait()
+            code = None
+            while code is None:  # an interrupt by Ray does not wake a wait without end
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    code = process.wait(1)
         except KeyboardInterrupt:
             process.terminate()
             process.wait()
             raise
     if code < 0 or code > 128:
         raise Died(f"{folder}: signal {-code if code < 0 else code - 128}")
-    return code, (folder / "log.txt").read_text(errors="replace").strip().splitlines()[-1]
+    lines = (folder / "log.txt").read_text(errors="replace").strip().splitlines()
+    return code, lines[-1] if lines else ""
 
 
-def finished(folder):
-    """Whether a run folder holds a run that came to its end (a stop at NaN is one, too)."""
-    record = read_json(folder / "record.json")
-    return record.get("ended") == "finished" or "not finite" in record.get("ended", "")
+def outcome(trial, runs):
+    """How a trial ended: "finished", "failed: not finite ...", or None where it did not end. Exits
+    where its folder holds a run with other arguments."""
+    record = read_json(runs / trial.name / "record.json")
+    if not record:
+        return None
+    made = record["versions"]["command"][1:]
+    if made != trial.command[1:]:
+        sys.exit(f"{runs / trial.name}: its run was made by other arguments ({' '.join(made)}); "
+                 "move it away, or choose other --runs")
+    if record["ended"].startswith("not finite"):
+        return f"failed: {record['ended']}"
+    return "finished" if record["ended"] == "finished" else None
 
 
 def read_json(path):
-    return json.loads(path.read_text()) if path.is_file() else {}
+    """A JSON file's content; {} where there is none, or a damaged one."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
 
 
-def keep_record(folder, path):
-    """Copy a finished run's record to where the report finds it."""
-    if finished(folder):
+def keep_record(trial, arguments, runs):
+    """Copy an ended trial's record to where the report finds it."""
+    if outcome(trial, runs):
+        path = arguments.records / arguments.profile / f"{trial.name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(folder / "record.json", path)
+        shutil.copy(runs / trial.name / "record.json", path.with_suffix(".tmp"))
+        os.replace(path.with_suffix(".tmp"), path)
+
+
+def keep_failures(outcomes, arguments):
+    """The trials that failed, for the report: they may have left no record."""
+    path = arguments.records / arguments.profile / "failures.json"
+    failed = {name: text for name, text in sorted(outcomes.items()) if text != "finished"}
+    before = read_json(path)
+    failed |= {name: text for name, text in before.items() if name not in outcomes}
+    if failed or before:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(failed, indent=1) + "\n")
 
 
 # --------------------------------------------------------------------------------------- Progress
@@ -159,16 +205,26 @@ def progress(folder):
 
 
 def progress_table(trials, runs, outcomes):
-    """The table that the terminal shows."""
-    table = Table("trial", "phase", "done", "updates/s", "latest score", "left")
+    """The table that the terminal shows: trials at work and failed ones; the others as counts."""
+    count = list(outcomes.values()).count("finished")
+    table = Table("trial", "phase", "done", "updates/s", "latest score", "left",
+                  caption=f"{count} of {len(trials)} trials finished")
     for trial in trials:
-        phase, share, rate, score, left = progress(runs / trial.name)
-        phase = outcomes.get(trial.name, phase)
-        table.add_row(
-            trial.name, phase, f"{100 * share:.0f} %", "" if rate is None else f"{rate:.0f}",
-            "" if score is None else f"{score:.1f}",
-            "" if left is None or trial.name in outcomes else f"{left / 60:.0f} min",
-        )
+        if outcomes.get(trial.name) == "finished":
+            continue
+        if trial.name in outcomes:
+            table.add_row(trial.name, outcomes[trial.name])
+            continue
+        try:
+            phase, share, rate, score, left = progress(runs / trial.name)
+        except (OSError, ValueError, KeyError):  # it is just being written
+            continue
+        if phase != "waiting":
+            table.add_row(
+                trial.name, phase, f"{100 * share:.0f} %", "" if rate is None else f"{rate:.0f}",
+                "" if score is None else f"{score:.1f}",
+                "" if left is None else f"{left / 60:.0f} min",
+            )
     return table
 
 
@@ -176,39 +232,59 @@ def progress_table(trials, runs, outcomes):
 
 
 def run_all(trials, arguments, runs):
-    """Run the trials through Ray. Returns {name: outcome}."""
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    import ray
-
+    """Run the trials through Ray. Returns {name: outcome} of those that ended."""
+    try:
+        import ray
+    except ImportError:
+        sys.exit("Ray is missing: pip install -r results/requirements.txt")
     gpu = arguments.profile == "gpu"
-    share = 1 / arguments.trials_per_gpu if gpu else 0
-    ray.init(address=arguments.address, include_dashboard=False, log_to_driver=False,
-             logging_level="ERROR")
+    try:
+        ray.init(address=arguments.address or "local", include_dashboard=False,
+                 log_to_driver=False, logging_level="ERROR")
+    except ConnectionError as error:
+        sys.exit(f"--address {arguments.address}: {' '.join(str(error).split())}")
+    if gpu and not ray.cluster_resources().get("GPU"):
+        sys.exit("--profile gpu: Ray sees no GPU")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has put its own there
     # a lost node or worker is Ray's to retry, a killed script ours to report to it
-    remote = ray.remote(num_cpus=1, num_gpus=share, max_retries=RETRIES, retry_exceptions=[Died])
-    task = remote(lambda command, folder, *after: run_script(command, folder, gpu))
-    outcomes = {t.name: "finished" for t in trials if finished(runs / t.name)}
-    tasks = {}
+    remote = ray.remote(num_cpus=1, num_gpus=1 / arguments.trials_per_gpu if gpu else 0,
+                        max_retries=RETRIES, retry_exceptions=[Died])
+
+    def start(command, folder, *after):
+        if any(code for code, _ in after):
+            return 1, "the trial that it starts from failed"
+        return run_script(command, folder, gpu)
+
+    task = remote(start)
+    outcomes = {t.name: outcome(t, runs) for t in trials if outcome(t, runs)}
+    for trial in trials:
+        keep_record(trial, arguments, runs)
+    tasks, of = {}, {}
     for trial in [t for t in trials if t.name not in outcomes]:
+        ended = read_json(runs / trial.after / "record.json").get("ended") if trial.after else None
+        if trial.after and trial.after not in tasks and ended != "finished":
+            outcomes[trial.name] = f"failed: needs {trial.after}, which has not ended"
+            continue
         after = [tasks[trial.after]] if trial.after in tasks else []
         tasks[trial.name] = task.remote(trial.command, runs / trial.name, *after)
-    names = {ref: name for name, ref in tasks.items()}
+        of[tasks[trial.name]] = trial
 
     def note(refs):
         for ref in refs:
-            name = names[ref]
+            trial = of[ref]
             try:
                 code, line = ray.get(ref)
-                outcomes[name] = "finished" if code == 0 else f"failed ({code}): {line}"
-            except Exception as error:  # whatever Ray wraps it in: the trial is not done
-                outcomes[name] = f"failed: {type(error).__name__}"
-            keep_record(runs / name, record_path(name, arguments))
+                outcomes[trial.name] = "finished" if code == 0 else f"failed ({code}): {line}"
+            except Exception as error:  # whatever Ray wraps it in: the trial has not ended
+                reason = [*str(error).strip().splitlines(), ""]
+                outcomes[trial.name] = f"failed: {type(error).__name__}: {reason[-2]}"
+            keep_record(trial, arguments, runs)
 
     pending, console, printed = list(tasks.values()), Console(), 0.0
     try:
         with Live(console=console, auto_refresh=False, transient=True) as live:
             while pending:
-                ready, pending = ray.wait(pending, num_returns=len(pending), timeout=2.0)
+                ready, pending = ray.wait(pending, num_returns=len(pending), timeout=5.0)
                 note(ready)
                 if console.is_terminal:
                     live.update(progress_table(trials, runs, outcomes), refresh=True)
@@ -220,13 +296,28 @@ def run_all(trials, arguments, runs):
         for ref in pending:
             ray.cancel(ref)
         ray.wait(pending, num_returns=len(pending), timeout=120)
+        for ref in pending:
+            keep_record(of[ref], arguments, runs)
     console.print(progress_table(trials, runs, outcomes))
+    keep_failures(outcomes, arguments)
     ray.shutdown()
     return outcomes
 
 
-def record_path(name, arguments):
-    return arguments.records / arguments.profile / f"{name}.json"
+def run_one(trial, arguments, runs):
+    """One trial in this process. Returns the exit code."""
+    if trial.after and read_json(runs / trial.after / "record.json").get("ended") != "finished":
+        sys.exit(f"{trial.name} needs {trial.after}, which has not ended")
+    try:
+        if not outcome(trial, runs):
+            run_script(trial.command, runs / trial.name, arguments.profile == "gpu")
+    except KeyboardInterrupt:
+        print(f"{trial.name}: saved; the same command goes on")
+        return 128 + signal.SIGTERM
+    except Died as error:
+        sys.exit(f"{error}; the same command goes on")
+    keep_record(trial, arguments, runs)
+    return int(outcome(trial, runs) != "finished")
 
 
 def main():
@@ -244,26 +335,26 @@ def main():
     parser.add_argument("--list", action="store_true", help="print the numbered trials and stop")
     parser.add_argument("--trial", type=int, help="run only this one, in this process, without Ray")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
-    runs = arguments.runs.resolve()
-    trials = read_matrix(arguments.matrix, arguments.profile, arguments.data.resolve(), runs)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.default_int_handler)  # as Ctrl-C
+    if arguments.trials_per_gpu < 1:
+        parser.error("--trials-per-gpu must be at least 1")
+    runs, data = arguments.runs.resolve(), arguments.data.resolve()
+    trials = read_matrix(arguments.matrix, arguments.profile, data, runs)
     trials = [trial for trial in trials if arguments.only in trial.name]
     if arguments.list:
         for i, trial in enumerate(trials):
-            print(i, trial.name, "finished" if finished(runs / trial.name) else "", sep="\t")
+            print(i, trial.name, outcome(trial, runs) or "", sep="\t")
         return 0
+    needs_data = any(str(data) in word for trial in trials for word in trial.command)
+    if needs_data and not data.is_dir():
+        sys.exit(f"--data {data}: no such folder; the matrix takes datasets from it")
     if arguments.trial is None:
         outcomes = run_all(trials, arguments, runs)
         return int(any(outcomes.get(trial.name) != "finished" for trial in trials))
     if not 0 <= arguments.trial < len(trials):
         sys.exit(f"--trial {arguments.trial}: there are {len(trials)}, from 0; see --list")
-    trial, gpu = trials[arguments.trial], arguments.profile == "gpu"
-    if trial.after and not finished(runs / trial.after):
-        sys.exit(f"{trial.name} needs {trial.after}, which has not ended")
-    if not finished(runs / trial.name):
-        run_script(trial.command, runs / trial.name, gpu)
-    keep_record(runs / trial.name, record_path(trial.name, arguments))
-    return int(not finished(runs / trial.name))
+    return run_one(trials[arguments.trial], arguments, runs)
 
 
 if __name__ == "__main__":

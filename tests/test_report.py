@@ -41,11 +41,20 @@ def test_sound_records_are_read(report, records):
     assert sorted(report.read_records(records)) == [f"cpu/iql/default/seed{i}" for i in (0, 1)]
 
 
-@pytest.mark.parametrize("field", ["state_sha256", "curve", "versions", "ended", "dataset_rows"])
+@pytest.mark.parametrize("field", sorted(load_script("results/report.py").FIELDS) + [
+    "versions.script", "versions.dataset_sha256", "curve.seed", "reference.source"])
 def test_a_missing_field_is_refused_by_name(field, report, records):
     path = records / "cpu/iql/default/seed1.json"
-    change(path, lambda record: record.pop(field))
-    with pytest.raises(SystemExit, match=f"seed1.json: no {field}"):
+    *outer, name = field.split(".")
+    change(path, lambda record: (record[outer[0]] if outer else record).pop(name))
+    with pytest.raises(SystemExit, match=f"seed1.json: no .*{field}"):
+        report.read_records(records)
+
+
+def test_a_record_of_an_unknown_commit_is_refused(report, records):
+    path = records / "cpu/iql/default/seed1.json"
+    change(path, lambda record: record["starts"][0].update(git_commit="0" * 40))
+    with pytest.raises(SystemExit, match="seed1.json: commit 0+, which made it, is not in"):
         report.read_records(records)
 
 
@@ -77,8 +86,14 @@ def test_no_json_and_a_cut_curve_are_refused(report, records):
 def test_a_run_that_failed_is_shown(report, records):
     path = records / "cpu/iql/default/seed1.json"
     change(path, lambda record: record.update(ended="not finite: critic_loss"))
-    shown = report.failures(report.read_records(records))
-    assert len(shown) == 1 and "seed1: not finite: critic_loss" in shown[0]
+    (records / "cpu/failures.json").write_text('{"cql/x/seed0": "failed (4): disk full"}')
+    read = report.read_records(records)
+    shown = report.failures(read, records)
+    assert len(shown) == 2 and "cpu/cql/x/seed0: failed (4): disk full" in shown
+    assert any("seed1: not finite: critic_loss" in text for text in shown)
+    runs = report.group_runs(read)["cpu", "default", "iql"]
+    assert [run["online"] is None for run in runs] == [False, True]  # no final value, but a curve
+    assert "2, 1 not ended" in report.results_table(report.group_runs(read))
 
 
 # ------------------------------------------------------------------------------------- Statistics
@@ -108,7 +123,12 @@ def test_what_the_table_says_of_a_run(report):
     (run,) = report.runs_of("cpu/iql/default/seed0", record)
     assert (run["offline"], run["online"], run["dip"]) == (60, 90, 20)
     assert run["regret"] == pytest.approx((0.6 + 0.3 + 0.1) / 3)
-    assert report.show([60, 70, 80]).startswith("70.0 [60.0, 80.0]")
+    assert run["regained"] == 20
+    assert report.show([60, 70, 80]) == "70.0 [60.0, 80.0]"  # smallest and largest
+    five = report.show([60, 70, 80, 90, 100])
+    assert five.startswith("80.0 [6") and five != "80.0 [60.0, 100.0]"  # a bootstrap
+    np.random.rand(5)
+    assert report.show([60, 70, 80, 90, 100]) == five  # the same whatever was drawn before
     assert (report.show([60]), report.show([None])) == ("60.0", "-")
 
 
@@ -216,8 +236,6 @@ PAIRS = [("baselines/sac.py", "algorithms/iql.py"), ("algorithms/cql.py", "algor
 
 @pytest.mark.parametrize("left, right", PAIRS)
 def test_two_scripts_side_by_side(left, right, browser):
-    if not (ROOT / left).exists():
-        pytest.skip(f"{left} is not there yet")
     choose(browser, left, right)
     removed, added = (find(browser, f"td.{kind}") for kind in ("del", "add"))
     diff = subprocess.run(["diff", left, right], cwd=ROOT, capture_output=True, text=True).stdout
@@ -232,8 +250,14 @@ def test_two_scripts_side_by_side(left, right, browser):
 
 
 def test_the_page_on_a_phone(browser):
-    browser.set_window_size(500, 900)
-    width, page = browser.execute_script(
-        "return [document.documentElement.clientWidth, document.documentElement.scrollWidth]")
-    browser.set_window_size(1400, 1000)
-    assert page <= width + 1
+    phone = {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    try:
+        for row in range(len(find(browser, "#table tbody tr"))):
+            browser.execute_script(
+                f"document.querySelectorAll('#table tbody tr')[{row}].click()")
+            width, page = browser.execute_script(
+                "return [innerWidth, document.documentElement.scrollWidth]")
+            assert page <= width + 1
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})

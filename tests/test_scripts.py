@@ -296,8 +296,8 @@ def test_versions_make_the_run_again(name, alone, pendulum):
     script = alone(name)
     (record,) = json.loads(next(script.folder.glob("runs/*/*/*/versions.json")).read_text())
     needed = {"command", "script", "script_sha256", "git_commit", "git_status", "dataset",
-              "dataset_sha256", "python", "machine", "cores", "device", "xla_flags", "packages",
-              "started"}  # fmt: skip
+              "dataset_sha256", "python", "machine", "cores", "device",
+              "environment_variables", "packages", "init_from_sha256", "started"}  # fmt: skip
     assert needed <= set(record)
     assert record["command"][0] == record["script"] == os.path.basename(name)
     assert record["script_sha256"] == hashlib.sha256((ROOT / name).read_bytes()).hexdigest()
