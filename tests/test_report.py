@@ -20,11 +20,14 @@ def report():
 
 @pytest.fixture
 def records(tmp_path):
-    """Two of the committed records, in a folder of their own."""
+    """A committed record, and the same as if of another seed, in a folder of their own."""
+    record = json.loads((RECORDS / "cpu/iql/default/seed0.json").read_text())
     for seed in (0, 1):
-        name = f"cpu/iql/default/seed{seed}.json"
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(RECORDS / name, tmp_path / name)
+        path = tmp_path / f"cpu/iql/default/seed{seed}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        record["config"]["seed"] = seed
+        record["curve"]["seed"] = [seed] * len(record["curve"]["seed"])
+        path.write_text(json.dumps(record))
     return tmp_path
 
 
