@@ -241,7 +241,7 @@ def run_all(trials, arguments, runs):
     try:
         ray.init(address=arguments.address or "local", include_dashboard=False,
                  log_to_driver=False, logging_level="ERROR")
-    except ConnectionError as error:
+    except Exception as error:  # no cluster there, or no token for it
         sys.exit(f"--address {arguments.address}: {' '.join(str(error).split())}")
     if gpu and not ray.cluster_resources().get("GPU"):
         sys.exit("--profile gpu: Ray sees no GPU")

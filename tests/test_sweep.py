@@ -1,7 +1,10 @@
 """results/sweep.py: a matrix of runs through Ray, killed, continued, on two nodes."""
 
+import contextlib
 import json
 import os
+import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -140,35 +143,54 @@ def test_a_wrong_matrix_is_refused(change, word, matrix):
     assert process.returncode == 1 and word in out and "Traceback" not in out
 
 
+def children(pid):
+    """{pids of all processes below one}."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+    found = {pid}
+    while more := {child for child, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found - {pid}
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")
-def test_two_nodes_and_the_loss_of_one(matrix, tmp_path):
+def test_two_nodes_and_the_loss_of_one(matrix, monkeypatch):
     """Two Ray nodes on this machine, a trial on each; one node is killed with all it runs."""
-    script = Path(sys.executable).parent / "ray"
-    env = os.environ | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1"}
-    port = 20000 + os.getpid() % 10000
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    ray, port, home = Path(sys.executable).parent / "ray", 20000 + os.getpid() % 10000, "/tmp/rays"
     common = ["--num-cpus", "1", "--disable-usage-stats", "--block",
               "--object-store-memory", "80000000"]  # fmt: skip
-    head = [script, "start", "--head", "--port", port, "--include-dashboard", "false",
-            "--temp-dir", f"/tmp/ray-{os.getpid()}", *common]  # fmt: skip
-    join = [script, "start", "--address", f"127.0.0.1:{port}", *common]
+    head = [ray, "start", "--head", "--port", port, "--include-dashboard", "false",
+            "--temp-dir", f"{home}-{os.getpid()}", *common]  # fmt: skip
+    join = [ray, "start", "--address", f"127.0.0.1:{port}", *common]
     nodes = []
     try:
-        for command in (head, join):
-            nodes.append(subprocess.Popen(
-                list(map(str, command)), env=env, start_new_session=True,
-                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-            ))  # fmt: skip
-            time.sleep(8)
+        for command, ready in ((head, "Ray runtime started"), (join, "Ray runtime started")):
+            log = matrix.parent / f"node{len(nodes)}.txt"
+            with open(log, "w") as file:
+                nodes.append(subprocess.Popen(list(map(str, command)), stdout=file, stderr=file))
+            wait_for(lambda log=log, ready=ready: ready in log.read_text())
         process, runs = sweep(matrix, "nodes", "--address", f"127.0.0.1:{port}")
         wait_for(lambda: all((runs / s / "checkpoint.npz").exists() for s in ("seed0", "seed1")))
-        pids = {seed: scripts_in(runs / seed) for seed in ("seed0", "seed1")}
-        assert all(len(found) == 1 for found in pids.values())  # one on each node
-        os.killpg(nodes[1].pid, signal.SIGKILL)
+        lost = children(nodes[1].pid)
+        killed = [s for s in ("seed0", "seed1") if scripts_in(runs / s) & lost]
+        assert len(killed) == 1  # one trial on each node
+        for pid in lost | {nodes[1].pid}:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         out, _ = process.communicate(timeout=400)
         assert process.returncode == 0, out
     finally:
-        for node in nodes:
-            if node.poll() is None:
-                os.killpg(node.pid, signal.SIGKILL)
-    records = [json.loads((runs / s / "record.json").read_text()) for s in ("seed0", "seed1")]
-    assert sorted(record["resumes"] > 0 for record in records) == [False, True]
+        for pid in [p for node in nodes for p in (*children(node.pid), node.pid)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(f"{home}-{os.getpid()}", ignore_errors=True)
+    resumed = [s for s in ("seed0", "seed1")
+               if json.loads((runs / s / "record.json").read_text())["resumes"]]  # fmt: skip
+    assert resumed == killed
+    whole, folder = sweep(matrix, "whole", "--only", killed[0], "--trial", "0")
+    assert whole.wait(240) == 0
+    assert digest(runs / killed[0]) == digest(folder / killed[0])
