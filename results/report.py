@@ -511,10 +511,11 @@ curves to hover over, any two scripts side by side, and the reading guide: downl
 Mean over seeds of the last evaluation of each phase: 10 deterministic episodes, in mazes 100. In
 brackets the 95 % bootstrap interval, of fewer than 5 seeds the smallest and the largest value. The
 dip is the offline value minus the lowest evaluation after the switch; it is regained at the first
-environment step after that whose evaluation is as good again; the regret is the mean over the
-online evaluations of 1 − score / 100 (Cal-QL's). Scores learned from a sample of a D4RL dataset
-are not scores on that dataset: `hopper-medium` and `halfcheetah-medium` are about 1/100 of the
-trajectories, `hopper-medium-replay` 1/40. `default` is the repository's own, in Hopper-v5."""
+environment step after that whose evaluation is as good again (of the seeds that do); the regret is
+the mean over the online evaluations of 1 − score / 100 (Cal-QL's). Scores learned from a sample of
+a D4RL dataset are not scores on that dataset: `hopper-medium` and `halfcheetah-medium` are about
+1/100 of the trajectories, `hopper-medium-replay` 1/40. `default` is the repository's own dataset,
+in Hopper-v5."""
 
 
 OVER_ALL = """Over all scored datasets of a run [95 % stratified bootstrap interval]; rows compare
