@@ -331,7 +331,8 @@ def test_the_record_of_a_run(name, alone):
             str(row[column] if column == "phase" else float(row[column]) if row[column] else "")
             for row in rows], column  # fmt: skip
     last = {row["phase"]: int(row["step"]) for row in rows}
-    assert (record["offline"], record["online"]) == (last.get("offline", 0), last["online"])
+    assert (record["offline"], record["online"]) == tuple(
+        last.get(phase, 0) for phase in ("offline", "online"))
     assert 100 < record["peak_memory_mb"] < 5000
 
 
