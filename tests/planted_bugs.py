@@ -172,9 +172,9 @@ BUGS = {
     "cql-online-returns-by-another-rule": (
         CQL, '"sparse": failed, "infinite": True}', '"sparse": True, "infinite": True}', FAMILY,
         ONLY_CQL.format("returns_of_the_buffer")),
-    "cql-return-of-a-running-episode": (
-        CQL, "    unknown = np.float32(-np.inf)\n", "    unknown = np.float32(0)\n", FAMILY,
-        ONLY_CQL.format("returns_of_the_buffer")),
+    "cal-ql-return-of-a-running-episode": (
+        CAL, "np.full(run.config.num_seeds, -np.inf, np.float32)",
+        "np.zeros(run.config.num_seeds, np.float32)", FAMILY, "knows_the_returns"),
     "cql-ratio-swapped": (CQL, "num_offline = round(config.batch_size * config.offline_ratio)",
                           "num_offline = round(config.batch_size * (1 - config.offline_ratio))",
                           FAMILY, ONLY_CQL.format("share_of_dataset")),

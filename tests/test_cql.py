@@ -328,13 +328,13 @@ def by_hand(rewards, masks, ends, failure, config):
 
 
 def trajectories(seed, fail_share=0.5):
-    """Random lengths; sparse rewards -5 and 5; a success terminates, a failure is cut."""
+    """Random lengths; sparse rewards -5 and 5; a success terminates or not, a failure is cut."""
     rng, parts = np.random.default_rng(seed), []
     for _ in range(12):
         steps = rng.integers(1, 9)
         rewards, masks = np.full(steps, -5.0), np.ones(steps)
         if rng.random() > fail_share:
-            rewards[-1], masks[-1] = 5.0, 0.0
+            rewards[-1], masks[-1] = 5.0, rng.random() < 0.5
         parts.append((rewards, masks, np.arange(steps) == steps - 1))
     return [np.concatenate(column) for column in zip(*parts, strict=True)]
 
