@@ -12,7 +12,8 @@ return of the data from the same state: one maximum, and the rest is CQL, offlin
                  V(s')   = max_j min_i Qtarget_i(s', a'_j), a'_j ~ pi(s'), j = 1 ... backup_actions
     difference   D_i     = E[ logsumexp_j (Q_i(s, a_j) - log p(a_j)) - Q_i(s, a) ], a_j from the
                  uniform density, pi(s') and pi(s), num_actions of each, with
-                 max(Q_i(s, a_j), Monte-Carlo return(s)) in place of Q_i for those of pi
+                 max(Q_i(s, a_j), Monte-Carlo return(s)) in place of Q_i for those of pi; in
+                 kitchen without log p, and with Q_i(s, a) among them
     multiplier   L_mult  = -E[ multiplier * cql_alpha * (D - gap) ], and then L_Q has
                  multiplier * cql_alpha * (D_i - gap) in place of cql_alpha * D_i
     actor        L_pi    = E[ temperature * log pi(a | s) - min_i Q_i(s, a) ], a ~ pi(s)
@@ -29,7 +30,8 @@ Deviations from the authors' code (github.com/nakamotoo/Cal-QL):
  4. Locomotion, where the paper has no setting, and Adroit (D4RL's dense tasks, not the paper's
     binary ones) take CORL's of CQL; PointMaze is ours. CORL clips the difference at -200 in
     antmaze, too (--difference-min), and ends the calibration at the switch; here as in the
-    authors' code it stays, with the real returns. Kitchen does not end at its fourth subtask.
+    authors' code it stays, with the real returns. Kitchen does not end at its fourth subtask. The
+    short default run has two layers, not CORL's three.
 """
 
 # /// script
@@ -1174,8 +1176,9 @@ def reference_returns(spec):
     ends = not spec["kwargs"].get("continuing_task", True)
     if "Maze" in spec["id"] and ends and spec["kwargs"].get("reward_type") != "dense":
         return 0.0, 1.0, "success rate in percent"
-    counted = not spec["kwargs"].get("remove_task_when_completed", True)  # kitchen, as in D4RL/
-    if spec["id"] in REFERENCE_RETURNS and not counted:
+    # D4RL's kitchen sets on Minari count every finished task again in each step: no such reference
+    counted_again = not spec["kwargs"].get("remove_task_when_completed", True)
+    if spec["id"] in REFERENCE_RETURNS and not counted_again:
         return *REFERENCE_RETURNS[spec["id"]], "D4RL's, 0 random, 100 expert"
     return np.nan, np.nan, "no reference known, returns are raw"
 
@@ -1420,6 +1423,8 @@ def open_folder(config, dataset):
         write_json(folder / "config.json", dataclasses.asdict(config))
     except BlockingIOError:
         fail(f"{folder}: another process is at work in it")
+    except ValueError as error:
+        fail(f"{folder / 'versions.json'}: damaged: {error}")
     except OSError as error:
         fail(f"--run-dir {folder}: cannot be written ({error.strerror})")
     return folder, lock
@@ -1452,7 +1457,7 @@ def versions(script, dataset, init_from=None):
         "dataset": str(dataset), "dataset_sha256": sha256(data) if data else None,
         "python": platform.python_version(), "machine": platform.platform(),
         "cores": os.cpu_count(), "device": jax.devices()[0].device_kind,
-        "init_from_sha256": sha256(agent) if agent else None,
+        "init_from_sha256": sha256(agent) if agent and agent.is_file() else None,
         "environment_variables": settings, "packages": packages,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

@@ -34,7 +34,8 @@ Deviations from the authors' code (github.com/zhouzypaul/wsrl, github.com/Qinwen
  2. The conservative mode is a reconstruction. From OCR-CFT are the limit's line (0.125 to 2 nats
     over 100k updates) and a multiplier; not its reconstruction and alignment of the critic, the
     penalty in the target, the reference that is the best policy so far (here the pre-trained
-    one, or --reference average, with a limit near 0.004), 10 updates per step, or its loss.
+    one, or --reference average, with a limit near 0.004), 10 updates per step, or its loss. The
+    multiplier stays in 0.05 ... 100, and weighs the KL against the mean magnitude of Q.
  3. The first 1,000 steps in every other mode are the frozen policy's, too.
  4. An IQL checkpoint's policy becomes a squashed Gaussian with the same mode, nearly the same std.
  5. As in cql.py: initialisation, the temperature's loss, the domains' settings.
@@ -1291,8 +1292,9 @@ def reference_returns(spec):
     ends = not spec["kwargs"].get("continuing_task", True)
     if "Maze" in spec["id"] and ends and spec["kwargs"].get("reward_type") != "dense":
         return 0.0, 1.0, "success rate in percent"
-    counted = not spec["kwargs"].get("remove_task_when_completed", True)  # kitchen, as in D4RL/
-    if spec["id"] in REFERENCE_RETURNS and not counted:
+    # D4RL's kitchen sets on Minari count every finished task again in each step: no such reference
+    counted_again = not spec["kwargs"].get("remove_task_when_completed", True)
+    if spec["id"] in REFERENCE_RETURNS and not counted_again:
         return *REFERENCE_RETURNS[spec["id"]], "D4RL's, 0 random, 100 expert"
     return np.nan, np.nan, "no reference known, returns are raw"
 
@@ -1569,6 +1571,8 @@ def open_folder(config, dataset):
         write_json(folder / "config.json", dataclasses.asdict(config))
     except BlockingIOError:
         fail(f"{folder}: another process is at work in it")
+    except ValueError as error:
+        fail(f"{folder / 'versions.json'}: damaged: {error}")
     except OSError as error:
         fail(f"--run-dir {folder}: cannot be written ({error.strerror})")
     return folder, lock
@@ -1601,7 +1605,7 @@ def versions(script, dataset, init_from=None):
         "dataset": str(dataset), "dataset_sha256": sha256(data) if data else None,
         "python": platform.python_version(), "machine": platform.platform(),
         "cores": os.cpu_count(), "device": jax.devices()[0].device_kind,
-        "init_from_sha256": sha256(agent) if agent else None,
+        "init_from_sha256": sha256(agent) if agent and agent.is_file() else None,
         "environment_variables": settings, "packages": packages,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

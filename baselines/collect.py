@@ -354,8 +354,9 @@ def reference_returns(spec):
     ends = not spec["kwargs"].get("continuing_task", True)
     if "Maze" in spec["id"] and ends and spec["kwargs"].get("reward_type") != "dense":
         return 0.0, 1.0, "success rate in percent"
-    counted = not spec["kwargs"].get("remove_task_when_completed", True)  # kitchen, as in D4RL/
-    if spec["id"] in REFERENCE_RETURNS and not counted:
+    # D4RL's kitchen sets on Minari count every finished task again in each step: no such reference
+    counted_again = not spec["kwargs"].get("remove_task_when_completed", True)
+    if spec["id"] in REFERENCE_RETURNS and not counted_again:
         return *REFERENCE_RETURNS[spec["id"]], "D4RL's, 0 random, 100 expert"
     return np.nan, np.nan, "no reference known, returns are raw"
 
@@ -434,7 +435,7 @@ def versions(script, dataset, init_from=None):
         "dataset": str(dataset), "dataset_sha256": sha256(data) if data else None,
         "python": platform.python_version(), "machine": platform.platform(),
         "cores": os.cpu_count(), "device": jax.devices()[0].device_kind,
-        "init_from_sha256": sha256(agent) if agent else None,
+        "init_from_sha256": sha256(agent) if agent and agent.is_file() else None,
         "environment_variables": settings, "packages": packages,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

@@ -32,7 +32,10 @@ def command_of(record, folder, data, runs):
     if not {"--resume", "--run-dir"} & set(words):
         words += ["--run-dir", str(folder)]
     script = record["versions"]["script"]
-    path = next(ROOT.glob(f"[ab]*/{script}"))
+    paths = [ROOT / folder / script for folder in ("algorithms", "baselines")]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        sys.exit(f"{script}, which made the record, is no longer here")
     return [sys.executable, str(path), *words], path
 
 
