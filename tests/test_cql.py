@@ -193,11 +193,12 @@ def test_losses_are_the_papers(variant, script):
 def test_updates_replayed_step_by_step(variant, script):
     """All gradients at the parameters before the update; the target's average after it."""
     config = script.Config(**SHAPES, **VARIANTS[variant], learning_rate=1e-2, tau=0.2,
-                           policy_learning_rate=3e-3)
+                           policy_learning_rate=3e-3, micro_batches=1)
     state, noises = fresh(script, config), []
     batches, key = [batch_with_returns(script, i) for i in range(3)], state.key
     for _ in batches:
         key, critic_key, actor_key = jax.random.split(key, 3)
+        critic_key, = jax.random.split(critic_key, 1)  # of the only micro-batch
         noises.append(dict.fromkeys(NETWORKS, noises_of(script, config, critic_key, actor_key)))
     losses = references(script.__name__ == "cal_ql")
     order = {name: (losses[name], ()) for name in NETWORKS if config.lagrange
@@ -217,6 +218,24 @@ def test_updates_replayed_step_by_step(variant, script):
         np.testing.assert_allclose(state.multiplier.params["params"]["log_multiplier"],
                                    multiplier["params"]["log_multiplier"], rtol=1e-4)
     np.testing.assert_array_equal(state.key, key)
+
+
+@pytest.mark.parametrize(("asked", "count"), [(4, 4), (6, 2)])
+def test_micro_batches_give_the_mean_of_their_gradients(asked, count, script):
+    """Every row in one part, every part with its own draws; the largest number that divides."""
+    config = script.Config(**SHAPES, micro_batches=asked, learning_rate=1e-2)
+    state, batch, key = fresh(script, config), batch_with_returns(script, 0), jax.random.PRNGKey(3)
+    assert math.gcd(asked, B) == count
+    size, total = B // count, 0
+    for i, part_key in enumerate(jax.random.split(key, count)):
+        part = jax.tree.map(lambda x, i=i: x[i * size : (i + 1) * size], batch)
+        grads, _ = jax.grad(script.critic_loss, has_aux=True)(
+            state.critic.params, state, part, part_key, config)
+        total = jax.tree.map(np.add, total, grads) if i else grads
+    expected = state.critic.apply_gradients(grads=jax.tree.map(lambda x: x / count, total))
+    found, _ = script.critic_gradient_step(state, batch, key, config)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), found.params,
+                 expected.params)
 
 
 # --------------------------------------------------------------------------- By hand, and the edges

@@ -118,8 +118,8 @@ def test_shared_text_is_the_same_bytes():
 BUDGETS = {  # changed lines, docstrings left out; "algorithm": only above the shared plumbing and
     # without the settings, which are each script's own
     ("algorithms/cql.py", "algorithms/cal_ql.py", "all"): 40,
-    ("baselines/sac.py", "algorithms/cql.py", "algorithm"): 165,
-    ("algorithms/iql.py", "algorithms/cql.py", "algorithm"): 260,
+    ("baselines/sac.py", "algorithms/cql.py", "algorithm"): 180,  # with micro-batches
+    ("algorithms/iql.py", "algorithms/cql.py", "algorithm"): 275,
     ("algorithms/cql.py", "algorithms/sac_finetune.py", "algorithm"): 150,
     ("baselines/td3_bc.py", "algorithms/td3_c.py", "all"): 90,
 }
