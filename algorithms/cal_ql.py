@@ -75,6 +75,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -216,17 +217,18 @@ orthogonal = nn.initializers.orthogonal(2**0.5)
 
 
 class MLP(nn.Module):
-    """Hidden layers with ReLU, on demand with LayerNorm and dropout: (..., F) -> (..., H)."""
+    """Hidden layers, on demand with LayerNorm and dropout: (..., F) -> (..., H)."""
 
     hidden_dims: tuple[int, ...]
     dropout_rate: float = 0.0
     layer_norm: bool = False
+    activation: Callable = nn.relu
 
     @nn.compact
     def __call__(self, x, training=False):
         for width in self.hidden_dims:
             x = nn.Dense(width, kernel_init=orthogonal)(x)  # (..., width)
-            x = nn.relu(nn.LayerNorm()(x) if self.layer_norm else x)
+            x = self.activation(nn.LayerNorm()(x) if self.layer_norm else x)
             if self.dropout_rate > 0:
                 x = nn.Dropout(self.dropout_rate, deterministic=not training)(x)
         return x
@@ -1097,31 +1099,40 @@ def episode_seed(stream, seed, episode):
 
 @dataclasses.dataclass
 class Rollout:
-    """The training environments, one per seed, between two steps."""
+    """The training environments, as many for every seed, between two steps."""
 
     envs: list
-    observations: np.ndarray  # (S, O), in the environments' units
+    observations: np.ndarray  # (S, O), in the environments' units; S counts environments here
     actions: np.ndarray  # (S, A), the agents' next ones
     episodes: np.ndarray  # (S,), episodes finished so far
-    played: list  # per seed: the actions since the last reset
+    played: list  # per environment: the actions since the last reset
     finished: list  # (seed index, return, length) of the episodes finished since the last log
 
 
-def start_rollout(run, saved=None):
-    """Reset the training environments; with the arrays of a checkpoint play the interrupted
-    episodes again, which brings a deterministic simulator back to its state, bit for bit."""
-    seeds = range(run.config.num_seeds)
-    envs = [gym.wrappers.RecordEpisodeStatistics(make_env(run.spec)) for _ in seeds]
+def start_rollout(run, saved=None, num_envs=1):
+    """Reset the training environments, `num_envs` per seed; with the arrays of a checkpoint play
+    the interrupted episodes again, which brings a deterministic simulator back to its state, bit
+    for bit."""
+    indices = range(run.config.num_seeds * num_envs)
+    envs = [gym.wrappers.RecordEpisodeStatistics(make_env(run.spec)) for _ in indices]
     episodes = saved["rollout/episodes"] if saved else np.zeros(len(envs), int)
-    played = [list(saved[f"rollout/played/{i}"]) if saved else [] for i in seeds]
-    observations = []
+    played = [list(saved[f"rollout/played/{i}"]) if saved else [] for i in indices]
+    observations = np.zeros((len(envs), *envs[0].observation_space.shape))  # (S, O)
+    actions = saved and saved["rollout/actions"]
+    rollout = Rollout(envs, observations, actions, episodes, played, [])
     for i, env in enumerate(envs):
-        observation, _ = env.reset(seed=episode_seed(0, run.config.seed + i, int(episodes[i])))
+        observations[i] = reset_environment(run, rollout, i)
         for action in played[i]:
-            observation, *_ = env.step(run.transform.environment_actions(action))
-        observations.append(observation)
-    observations = np.array(observations, np.float64)  # (S, O)
-    return Rollout(envs, observations, saved and saved["rollout/actions"], episodes, played, [])
+            observations[i], *_ = env.step(run.transform.environment_actions(action))
+    return rollout
+
+
+def reset_environment(run, rollout, i):
+    """Begin the next episode of training environment i; returns its first observation (O,)."""
+    num_envs = len(rollout.envs) // run.config.num_seeds
+    number = int(rollout.episodes[i]) * num_envs + i % num_envs
+    seed = episode_seed(0, run.config.seed + i // num_envs, number)
+    return rollout.envs[i].reset(seed=seed)[0]
 
 
 def step_rollout(run):
@@ -1129,20 +1140,19 @@ def step_rollout(run):
 
     Returns the transitions, a Batch (S, ...); a next observation is the one before a reset.
     """
-    rollout, seeds = run.rollout, range(run.config.num_seeds)
+    rollout, num_envs = run.rollout, len(run.rollout.envs) // run.config.num_seeds
     before, next_observations = rollout.observations.copy(), rollout.observations.copy()  # (S, O)
-    rewards, terminated = np.zeros(len(seeds)), np.zeros(len(seeds), bool)  # (S,)
-    for i in seeds:
-        action = run.transform.environment_actions(rollout.actions[i])
-        observation, rewards[i], terminated[i], truncated, info = rollout.envs[i].step(action)
+    rewards, terminated = np.zeros(len(before)), np.zeros(len(before), bool)  # (S,)
+    actions = run.transform.environment_actions(rollout.actions)  # (S, A)
+    for i, env in enumerate(rollout.envs):
+        observation, rewards[i], terminated[i], truncated, info = env.step(actions[i])
         rollout.played[i].append(rollout.actions[i])
         next_observations[i] = rollout.observations[i] = observation
         if terminated[i] or truncated:
-            rollout.finished.append((i, info["episode"]["r"], info["episode"]["l"]))
+            rollout.finished.append((i // num_envs, info["episode"]["r"], info["episode"]["l"]))
             rollout.episodes[i] += 1
             rollout.played[i] = []
-            seed = episode_seed(0, run.config.seed + i, int(rollout.episodes[i]))
-            rollout.observations[i], _ = rollout.envs[i].reset(seed=seed)
+            rollout.observations[i] = reset_environment(run, rollout, i)
     return Batch(
         observations=run.transform.observations(before),
         actions=np.clip(rollout.actions, -ACTION_LIMIT, ACTION_LIMIT),
@@ -1286,10 +1296,11 @@ def save_run(run):
     """One checkpoint of all that the run needs to go on, bit for bit on a CPU."""
     arrays = named_arrays(to_host(run.shards), "state")
     arrays |= named_arrays(dataclasses.asdict(run.transform), "transform")
-    if run.rollout is not None:
+    if run.buffers is not None:
         buffers = to_host(run.buffers)
         rows = jax.tree.map(lambda x: x[:, : buffers.size.max()], buffers.rows)
         arrays |= named_arrays(buffers.replace(rows=rows), "buffer")
+    if run.rollout is not None:
         arrays["rollout/actions"] = run.rollout.actions
         arrays["rollout/episodes"] = run.rollout.episodes
         for i, played in enumerate(run.rollout.played):
@@ -1740,6 +1751,12 @@ def online_chunk(run, num_steps):
         run.rollout.actions = to_host(actions)  # (S, A); waits for the device
         infos += [info] * learn
     values = jax.tree.map(lambda *xs: np.mean(xs, axis=0), *map(to_host, infos)) if infos else {}
+    return values | finished_episodes(run)
+
+
+def finished_episodes(run):
+    """Mean return and length, (S,), of the training episodes that ended since the last log."""
+    values = {}
     for column, name in ((1, "episode_return"), (2, "episode_length")):
         values[name] = np.full(run.config.num_seeds, np.nan)
         for i in {episode[0] for episode in run.rollout.finished}:

@@ -57,6 +57,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -149,17 +150,18 @@ orthogonal = nn.initializers.orthogonal(2**0.5)
 
 
 class MLP(nn.Module):
-    """Hidden layers with ReLU, on demand with LayerNorm and dropout: (..., F) -> (..., H)."""
+    """Hidden layers, on demand with LayerNorm and dropout: (..., F) -> (..., H)."""
 
     hidden_dims: tuple[int, ...]
     dropout_rate: float = 0.0
     layer_norm: bool = False
+    activation: Callable = nn.relu
 
     @nn.compact
     def __call__(self, x, training=False):
         for width in self.hidden_dims:
             x = nn.Dense(width, kernel_init=orthogonal)(x)  # (..., width)
-            x = nn.relu(nn.LayerNorm()(x) if self.layer_norm else x)
+            x = self.activation(nn.LayerNorm()(x) if self.layer_norm else x)
             if self.dropout_rate > 0:
                 x = nn.Dropout(self.dropout_rate, deterministic=not training)(x)
         return x
@@ -807,10 +809,11 @@ def save_run(run):
     """One checkpoint of all that the run needs to go on, bit for bit on a CPU."""
     arrays = named_arrays(to_host(run.shards), "state")
     arrays |= named_arrays(dataclasses.asdict(run.transform), "transform")
-    if run.rollout is not None:
+    if run.buffers is not None:
         buffers = to_host(run.buffers)
         rows = jax.tree.map(lambda x: x[:, : buffers.size.max()], buffers.rows)
         arrays |= named_arrays(buffers.replace(rows=rows), "buffer")
+    if run.rollout is not None:
         arrays["rollout/actions"] = run.rollout.actions
         arrays["rollout/episodes"] = run.rollout.episodes
         for i, played in enumerate(run.rollout.played):

@@ -66,6 +66,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -184,17 +185,18 @@ orthogonal = nn.initializers.orthogonal(2**0.5)
 
 
 class MLP(nn.Module):
-    """Hidden layers with ReLU, on demand with LayerNorm and dropout: (..., F) -> (..., H)."""
+    """Hidden layers, on demand with LayerNorm and dropout: (..., F) -> (..., H)."""
 
     hidden_dims: tuple[int, ...]
     dropout_rate: float = 0.0
     layer_norm: bool = False
+    activation: Callable = nn.relu
 
     @nn.compact
     def __call__(self, x, training=False):
         for width in self.hidden_dims:
             x = nn.Dense(width, kernel_init=orthogonal)(x)  # (..., width)
-            x = nn.relu(nn.LayerNorm()(x) if self.layer_norm else x)
+            x = self.activation(nn.LayerNorm()(x) if self.layer_norm else x)
             if self.dropout_rate > 0:
                 x = nn.Dropout(self.dropout_rate, deterministic=not training)(x)
         return x
