@@ -1422,8 +1422,8 @@ def save_run(run):
         for i, played in enumerate(run.rollout.played):
             arrays[f"rollout/played/{i}"] = np.array(played, np.float32)
     meta = {"script": Path(__file__).stem, "config": dataclasses.asdict(run.config),
-            "spec": run.spec, "offline": run.offline, "online": run.online,
-            "log_size": run.log_size}
+            "spec": run.spec, "pretrain": run.pretrain, "offline": run.offline,
+            "online": run.online, "log_size": run.log_size}
     save_checkpoint(run.folder / "checkpoint.npz", arrays, meta)
 
 
@@ -1440,7 +1440,8 @@ def restore_agent(run, source):
 def resume_run(run):
     """Go on where the checkpoint in the run's folder left off; returns it."""
     arrays, meta, found = restore_agent(run, run.folder)
-    run.offline, run.online, run.log_size = meta["offline"], meta["online"], meta["log_size"]
+    for name in ("pretrain", "offline", "online", "log_size"):
+        setattr(run, name, meta[name])
     os.replace(found, run.folder / "checkpoint.npz")  # were it the one before: the last is damaged
     return arrays, found
 
@@ -1718,7 +1719,7 @@ def write_record(run, ended):
         rows = list(csv.DictReader(file))
     evaluations = [row for row in rows if row["return"]]
     seconds = {phase: sum(float(row["seconds"] or 0) for row in rows if row["phase"] == phase)
-               / run.config.num_seeds for phase in ("offline", "online")}
+               / run.config.num_seeds for phase in ("pretrain", "offline", "online")}
     starts = json.loads((run.folder / "versions.json").read_text())
     state = hashlib.sha256()
     for array in jax.tree.leaves(to_host(run.shards)):
@@ -1732,7 +1733,7 @@ def write_record(run, ended):
     record = {
         "ended": ended,  # "finished", a signal's name, or what was not finite
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "offline": run.offline, "online": run.online,
+        "pretrain": run.pretrain, "offline": run.offline, "online": run.online,
         "resumes": len(starts) - 1,
         "seconds": seconds,  # of training, by phase
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
@@ -1778,10 +1779,12 @@ def summarize(run):
         rows = [row for row in csv.DictReader(file) if row["return"]]
     column = "score" if rows and rows[0]["score"] else "return"
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    axes.axvline(run.offline, color="black", ls=":", lw=1)
+    begins = {"pretrain": 0, "offline": run.pretrain, "online": run.pretrain + run.offline}
+    for begin in begins.values():
+        axes.axvline(begin, color="black", ls=":", lw=1)
     for seed in dict.fromkeys(row["seed"] for row in rows):
         mine = [row for row in rows if row["seed"] == seed]
-        steps = [int(row["step"]) + run.offline * (row["phase"] == "online") for row in mine]
+        steps = [int(row["step"]) + begins[row["phase"]] for row in mine]
         axes.plot(steps, [float(row[column]) for row in mine], label=f"seed {seed}")
         last = {row["phase"]: f"{row['phase']} {float(row[column]):.1f}" for row in mine}
         online = [float(row[column]) for row in mine if row["phase"] == "online"]
@@ -1792,7 +1795,8 @@ def summarize(run):
         print(f"seed {seed:4} {column}: {', then '.join(last.values())}{lowest}")
     axes.set(xlabel="updates offline | environment steps online", ylabel=column,
              title=str(run.folder))
-    axes.legend(frameon=False)
+    if rows:
+        axes.legend(frameon=False)
     figure.savefig(run.folder / "curve.png", dpi=150)
     pyplot.close(figure)
     print(f"curve     {run.folder / 'curve.png'}")
@@ -1838,6 +1842,7 @@ class Run:
     shards: list  # AgentState per device
     eval_envs: list
     datasets: list  # Batch per device, or None
+    pretrain: int = 0  # environment steps done before the offline phase, where a script has them
     offline: int = 0  # updates done
     online: int = 0  # environment steps done, per seed
     log_size: int = 0  # bytes of metrics.csv
@@ -1943,12 +1948,14 @@ def online_chunk_with_q(run, num_steps):
     return values | offline_q(run) | {"online_q": to_host(q)}
 
 
-def train(run, phase, chunk, num_steps, received):
-    """Chunk by chunk up to `num_steps`: log, evaluate, save, and answer a signal."""
+def train(run, phase, chunk, num_steps, received, unit=1):
+    """Chunk by chunk, each a multiple of `unit` steps, up to `num_steps` (or the first multiple
+    above): log, evaluate, save, and answer a signal."""
     config, per_step = run.config, run.config.utd_ratio if phase == "online" else 1
     while getattr(run, phase) < num_steps:
         begin, done = time.time(), getattr(run, phase)
         size = min(config.log_interval - done % config.log_interval, num_steps - done)
+        size += -size % unit
         values = chunk(run, size)
         done += size
         setattr(run, phase, done)
@@ -1957,7 +1964,8 @@ def train(run, phase, chunk, num_steps, received):
         check_finite(run, phase, values)
         values |= {"updates_per_second": np.full(config.num_seeds, updates / seconds),
                    "seconds": np.full(config.num_seeds, seconds)}
-        evaluated = done % config.eval_interval == 0 or done == num_steps
+        passed = done // config.eval_interval > (done - size) // config.eval_interval
+        evaluated = passed or done >= num_steps
         if evaluated:
             values |= evaluation_values(run)
         write_log(run, phase, values)
