@@ -212,7 +212,11 @@ METRICS = {  # every column of metrics.csv that is the algorithm's own, with its
 # --------------------------------------------------------------------- Networks and distributions
 
 
-orthogonal = nn.initializers.orthogonal(2**0.5)
+def orthogonal(key, shape, dtype=jnp.float32):
+    """Orthogonal initialisation with gain sqrt(2). Under vmap one matrix after the other: XLA's
+    batched QR can wait for itself for ever where there are few cores."""
+    draw = partial(nn.initializers.orthogonal(2**0.5), shape=shape, dtype=dtype)
+    return jax.custom_batching.sequential_vmap(draw)(key)
 
 
 class MLP(nn.Module):

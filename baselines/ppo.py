@@ -169,7 +169,11 @@ METRICS = {  # every column of metrics.csv that is the algorithm's own, with its
 # --------------------------------------------------------------------- Networks and distributions
 
 
-orthogonal = nn.initializers.orthogonal(2**0.5)
+def orthogonal(key, shape, dtype=jnp.float32):
+    """Orthogonal initialisation with gain sqrt(2). Under vmap one matrix after the other: XLA's
+    batched QR can wait for itself for ever where there are few cores."""
+    draw = partial(nn.initializers.orthogonal(2**0.5), shape=shape, dtype=dtype)
+    return jax.custom_batching.sequential_vmap(draw)(key)
 
 
 class MLP(nn.Module):
@@ -811,7 +815,7 @@ def on_policy_chunk(run, num_steps):
     return values | finished_episodes(run) | {"falls": falls}
 
 
-def begin_online(state, fresh):
+def fresh_optimisers(state, fresh):
     """The policy and V of `state`, with the optimisers and the key of a fresh agent."""
     actor = fresh.actor.replace(params=state.actor.params)
     return fresh.replace(actor=actor, value=fresh.value.replace(params=state.value.params))
@@ -1415,7 +1419,7 @@ def main(arguments=None):
             start_on_policy(run, saved)
     elif config.init_from:
         restore_agent(run, config.init_from)
-        run.shards = [begin_online(s, fresh) for s, fresh in zip(run.shards, shards, strict=True)]
+        run.shards = [fresh_optimisers(s, fresh) for s, fresh in zip(run.shards, shards, strict=True)]
     print(f"env       {json.loads(spec)['id']}; score: {reference_returns(spec)[2]}")
     print(f"run       {folder}", flush=True)
     open_log(run)
