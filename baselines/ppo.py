@@ -1419,7 +1419,7 @@ def main(arguments=None):
             start_on_policy(run, saved)
     elif config.init_from:
         restore_agent(run, config.init_from)
-        run.shards = [fresh_optimisers(s, fresh) for s, fresh in zip(run.shards, shards, strict=True)]
+        run.shards = list(map(fresh_optimisers, run.shards, shards))
     print(f"env       {json.loads(spec)['id']}; score: {reference_returns(spec)[2]}")
     print(f"run       {folder}", flush=True)
     open_log(run)
