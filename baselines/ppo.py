@@ -111,7 +111,7 @@ class Config:
     reward_scale: float = 0.1  # r <- reward_scale * r + reward_shift
     reward_shift: float = 0.0  # see reward_scale
     # Optimisation
-    batch_size: int = 128  # transitions per minibatch
+    minibatch_size: int = 128  # transitions per update
     discount: float = 0.99  # per step
     hidden_dims: tuple[int, ...] = (64, 64)  # widths of the policy
     value_hidden_dims: tuple[int, ...] = (64, 64)  # widths of V
@@ -133,20 +133,20 @@ class Config:
     @property
     def utd_ratio(self):
         """Updates per environment step."""
-        return self.epochs / self.batch_size
+        return self.epochs / self.minibatch_size
 
 
 PRESETS = {
     "mujoco": dict(),
     "smoke": dict(
-        online_steps=512, eval_interval=256, eval_episodes=1, log_interval=128, batch_size=32,
+        online_steps=512, eval_interval=256, eval_episodes=1, log_interval=128, minibatch_size=32,
         rollout_steps=128, num_envs=2, epochs=2, hidden_dims=(32, 32), value_hidden_dims=(32, 32),
     ),
 }
 
 RANGES = {  # smallest and largest accepted value
     "num_seeds": (1, 4096), "online_steps": (0, 10**9), "eval_interval": (1, 10**9),
-    "eval_episodes": (1, 10**4), "log_interval": (1, 10**9), "batch_size": (1, 10**6),
+    "eval_episodes": (1, 10**4), "log_interval": (1, 10**9), "minibatch_size": (1, 10**6),
     "discount": (0.0, 1.0), "learning_rate": (0.0, 1.0), "value_learning_rate": (0.0, 1.0),
     "seed": (0, 2**31 - 1), "reward_scale": (1e-9, 1e9), "reward_shift": (-1e9, 1e9),
     "num_envs": (1, 4096), "rollout_steps": (1, 10**7), "epochs": (1, 1000),
@@ -221,13 +221,14 @@ class BoundedGaussianPolicy(nn.Module):
     """pi: (B, O) -> a diagonal Gaussian over (B, A): its mean in (-1, 1), its std in (0.0067, 1),
     both functions of the state. It is not squashed: samples are clipped when they are executed.
 
-    Authors' code of Uni-O4: log std = -5 + 2.5 (u + 1), and mean and u pass a tanh.
+    Authors' code of Uni-O4: log std = -5 + 2.5 (u + 1); mean and u pass a tanh, u online twice.
     """
 
     hidden_dims: tuple[int, ...]
     action_dim: int
     activation: str = "relu"
     initial_std: float = 0.5
+    squash_twice: bool = False
 
     @nn.compact
     def __call__(self, observations):
@@ -237,6 +238,7 @@ class BoundedGaussianPolicy(nn.Module):
         start = np.arctanh((np.log(self.initial_std) + 5.0) / 2.5 - 1.0)
         bias = nn.initializers.constant(start)
         u = nn.tanh(nn.Dense(self.action_dim, kernel_init=small, bias_init=bias)(features))
+        u = nn.tanh(u) if self.squash_twice else u  # (B, A)
         return distrax.MultivariateNormalDiag(mean, jnp.exp(-5.0 + 2.5 * (u + 1.0)))  # (B, A)
 
 
@@ -371,7 +373,7 @@ def improve(state, rollout, ends, config):
     def epoch(state, _):
         key, order_key = jax.random.split(state.key)
         order = jax.random.permutation(order_key, config.rollout_steps)  # (T * E,)
-        order = order.reshape(-1, config.batch_size)  # (M, B)
+        order = order.reshape(-1, config.minibatch_size)  # (M, B)
 
         def step(state, rows):
             return update_step(state, jax.tree.map(lambda x: x[rows], samples), config)
@@ -830,7 +832,7 @@ def start_on_policy(run, saved=None):
 
 def check_rollouts(config):
     """Refuse rollouts that do not make whole minibatches, or whole steps of all environments."""
-    for name in ("batch_size", "num_envs"):
+    for name in ("minibatch_size", "num_envs"):
         if config.rollout_steps % getattr(config, name):
             fail(f"--rollout-steps {config.rollout_steps}: must be a multiple of "
                  f"--{name.replace('_', '-')} {getattr(config, name)}")
