@@ -9,7 +9,7 @@ out in a learned model (AM-Q). Online, PPO goes on with the chosen policy and th
 
     cloning      L_i     = -E[ log pi_i(a | s) ] - diversity_weight * E[ log (pi_i / max_j pi_j) ],
                  in the form that --diversity chooses; data (s, a), members i = 1 ... num_members
-    value        L_V     = E[ |expectile - 1(u < 0)| u^2 ], u = min_k Qtarget_k(s, a) - V(s)
+    expectile    L_V     = E[ |expectile - 1(u < 0)| u^2 ], u = min_k Qtarget_k(s, a) - V(s)
     critic       L_Q     = E[ sum_k (r + discount * V(s') - Q_k(s, a))^2 ]
     dynamics     L_T     = sum_m E[ |mu_m - y|^2 / sigma_m^2 + log sigma_m^2 ], y = (s' - s, r)
     improvement  L_pi    = -E[ min(rho * A, clip(rho, 1 - clip_ratio, 1 + clip_ratio) * A) ],
@@ -200,6 +200,11 @@ class Config:
     def utd_ratio(self):
         """Updates per environment step."""
         return self.epochs / self.minibatch_size
+
+    @property
+    def num_minibatches(self):
+        """Updates per pass over a rollout."""
+        return self.rollout_steps // self.minibatch_size
 
 
 CODE = dict(  # where the authors' code differs from their paper
@@ -958,7 +963,7 @@ def improve(state, rollout, ends, config):
     def epoch(state, _):
         key, order_key = jax.random.split(state.key)
         order = jax.random.permutation(order_key, config.rollout_steps)  # (T * E,)
-        order = order.reshape(-1, config.minibatch_size)  # (M, B)
+        order = order.reshape(config.num_minibatches, -1)  # (M, B)
 
         def step(state, rows):
             return update_step(state, jax.tree.map(lambda x: x[rows], samples), config)
@@ -1548,6 +1553,7 @@ def shifted(spec, text):
         low, high = SHIFTS.get(name, (0, 0))
         try:
             fits = name in SHIFTS and low <= float(number) <= high
+            fits = fits and (name != "delay" or number.isdigit())
         except ValueError:
             fits = False
         if not fits:
@@ -2013,6 +2019,7 @@ def settle(config, spec):
             fail("--stages online,offline,online: each seed has its own dataset, so --num-seeds 1")
         if config.dataset:
             fail("--stages online,offline,online: the run makes its own dataset, no --dataset")
+        config = dataclasses.replace(config, env_id=env_id)
     return config
 
 
@@ -2485,7 +2492,8 @@ def main(arguments=None):
     (folder, lock), devices = open_folder(config, dataset), seed_devices(config.num_seeds)
     sizes = eval_envs[0].observation_space.shape[0], eval_envs[0].action_space.shape[0]
     shards = create_shards(config, *sizes, devices)
-    run = Run(config, spec, folder, devices, None, shards, eval_envs, None, lock=lock)
+    nothing = [None] * len(devices)
+    run = Run(config, spec, folder, devices, None, shards, eval_envs, nothing, lock=lock)
     if dataset:
         offline_dataset(run, dataset)
     else:

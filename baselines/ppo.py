@@ -111,7 +111,7 @@ class Config:
     reward_scale: float = 0.1  # r <- reward_scale * r + reward_shift
     reward_shift: float = 0.0  # see reward_scale
     # Optimisation
-    minibatch_size: int = 128  # transitions per update
+    batch_size: int = 128  # transitions per update
     discount: float = 0.99  # per step
     hidden_dims: tuple[int, ...] = (64, 64)  # widths of the policy
     value_hidden_dims: tuple[int, ...] = (64, 64)  # widths of V
@@ -133,20 +133,25 @@ class Config:
     @property
     def utd_ratio(self):
         """Updates per environment step."""
-        return self.epochs / self.minibatch_size
+        return self.epochs / self.batch_size
+
+    @property
+    def num_minibatches(self):
+        """Updates per pass over a rollout."""
+        return self.rollout_steps // self.batch_size
 
 
 PRESETS = {
     "mujoco": dict(),
     "smoke": dict(
-        online_steps=512, eval_interval=256, eval_episodes=1, log_interval=128, minibatch_size=32,
+        online_steps=512, eval_interval=256, eval_episodes=1, log_interval=128, batch_size=32,
         rollout_steps=128, num_envs=2, epochs=2, hidden_dims=(32, 32), value_hidden_dims=(32, 32),
     ),
 }
 
 RANGES = {  # smallest and largest accepted value
     "num_seeds": (1, 4096), "online_steps": (0, 10**9), "eval_interval": (1, 10**9),
-    "eval_episodes": (1, 10**4), "log_interval": (1, 10**9), "minibatch_size": (1, 10**6),
+    "eval_episodes": (1, 10**4), "log_interval": (1, 10**9), "batch_size": (1, 10**6),
     "discount": (0.0, 1.0), "learning_rate": (0.0, 1.0), "value_learning_rate": (0.0, 1.0),
     "seed": (0, 2**31 - 1), "reward_scale": (1e-9, 1e9), "reward_shift": (-1e9, 1e9),
     "num_envs": (1, 4096), "rollout_steps": (1, 10**7), "epochs": (1, 1000),
@@ -373,7 +378,7 @@ def improve(state, rollout, ends, config):
     def epoch(state, _):
         key, order_key = jax.random.split(state.key)
         order = jax.random.permutation(order_key, config.rollout_steps)  # (T * E,)
-        order = order.reshape(-1, config.minibatch_size)  # (M, B)
+        order = order.reshape(config.num_minibatches, -1)  # (M, B)
 
         def step(state, rows):
             return update_step(state, jax.tree.map(lambda x: x[rows], samples), config)
@@ -741,6 +746,7 @@ def shifted(spec, text):
         low, high = SHIFTS.get(name, (0, 0))
         try:
             fits = name in SHIFTS and low <= float(number) <= high
+            fits = fits and (name != "delay" or number.isdigit())
         except ValueError:
             fits = False
         if not fits:
@@ -832,7 +838,7 @@ def start_on_policy(run, saved=None):
 
 def check_rollouts(config):
     """Refuse rollouts that do not make whole minibatches, or whole steps of all environments."""
-    for name in ("minibatch_size", "num_envs"):
+    for name in ("batch_size", "num_envs"):
         if config.rollout_steps % getattr(config, name):
             fail(f"--rollout-steps {config.rollout_steps}: must be a multiple of "
                  f"--{name.replace('_', '-')} {getattr(config, name)}")

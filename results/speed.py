@@ -37,10 +37,15 @@ CASES = {  # name: (what is measured, unit)
     "cal_ql-online-1": ("cal_ql.py online in Hopper-v5, 1 seed, updates included", "steps/s"),
     "sac_finetune-online-1": ("sac_finetune.py --mode mixed online in Hopper-v5", "steps/s"),
     "rlpd-online-1": ("rlpd.py online in Hopper-v5, 10 critics, critic updates", "updates/s"),
+    "ppo-online-1": ("ppo.py in Hopper-v5, 8 environments, 10 x 16 updates per 2048", "steps/s"),
+    "uni_o4-improvement-1": ("uni_o4.py, 100 offline PPO updates, 4 members, Q 2 x 256", "s"),
+    "uni_o4-improvement-paper": ("the same with the published critics, Q 2 x 1024", "s"),
+    "uni_o4-amq-1": ("uni_o4.py, an AM-Q query: 4 members, 510 starts, horizon 100", "s"),
 }
 SETTINGS = {  # what differs from the defaults of Config
     "iql": {}, "sac": {}, "bc": {}, "cql": {}, "cal_ql": {}, "rlpd": {"critic_updates": 20},
-    "sac_finetune": {"mode": "mixed", "offline_ratio": 0.5, "critic_updates": 1},
+    "sac_finetune": {"mode": "mixed", "offline_ratio": 0.5, "critic_updates": 1}, "ppo": {},
+    "uni_o4": {},
 }
 STEPS = {"cql": 200, "cal_ql": 200, "rlpd": 20}  # per repetition; else 1,000
 ROWS, OBSERVATIONS, ACTIONS, REPETITIONS = 1_000_000, 11, 3, 7
@@ -62,8 +67,9 @@ def dataset(module):
     rng = np.random.default_rng(0)
     shapes = ((ROWS, OBSERVATIONS), (ROWS, ACTIONS), (ROWS,), (ROWS, OBSERVATIONS), (ROWS,))
     batch = module.Batch(*[rng.standard_normal(shape, dtype=np.float32) for shape in shapes])
-    with_returns = hasattr(module, "monte_carlo_returns")
-    return batch.replace(mc_returns=batch.rewards) if with_returns else batch
+    if hasattr(module, "monte_carlo_returns"):
+        return batch.replace(mc_returns=batch.rewards)
+    return batch.replace(mc_returns=batch.masks**0) if hasattr(module, "amq_scores") else batch
 
 
 def repeat(function, amount):
@@ -140,7 +146,7 @@ def make_run(module, num_seeds, **settings):
     transform = module.Transform(zeros, ones, np.zeros(3), np.ones(3), np.array(1.0), np.array(0.0))
     shards = module.create_shards(config, OBSERVATIONS, ACTIONS, devices)
     datasets = [None] * len(devices)
-    if hasattr(module, "update_steps"):
+    if hasattr(module, "update_steps") or hasattr(module, "offline_updates"):
         rows = dataset(module)
         datasets = [jax.device_put(rows, device) for device in devices]
     return module.Run(config, spec, None, devices, transform, shards, [], datasets)
@@ -159,6 +165,37 @@ def online(module, num_seeds):
     steps = STEPS.get(module.__name__, 1000)
     amount = num_seeds * steps * (20 if module.__name__ == "rlpd" else 1)
     return repeat(lambda: module.online_chunk(run, steps), amount)
+
+
+def on_policy(module, num_seeds):
+    run = make_run(module, num_seeds, online_steps=10**7)
+    module.start_on_policy(run)
+    steps = 5 * run.config.rollout_steps
+    return repeat(lambda: module.on_policy_chunk(run, steps), num_seeds * steps)
+
+
+def uni_o4(part, size):
+    """Seconds of 100 offline PPO updates, or of a query."""
+    import jax
+
+    module = load("uni_o4")
+    narrow = {} if size == "paper" else {
+        "critic_hidden_dims": (256, 256), "value_hidden_dims": (256, 256)}
+    run = make_run(module, 1, horizon=100, termination="hopper", **narrow)
+    module.prepare_offline(run)
+
+    def improve():
+        run.shards[0], info = module.offline_updates(
+            run.shards[0], run.datasets[0], "improvement", run.config, 100)
+        jax.block_until_ready(info)
+
+    def ask():
+        run.shards[0], found = module.query(run.shards[0], run.datasets[0], run.config)
+        jax.block_until_ready(found)
+
+    if part == "amq":
+        ask()  # the first one asks the references, too
+    return [1 / rate for rate in repeat({"amq": ask, "improvement": improve}[part], 1)]
 
 
 def start():
@@ -194,6 +231,10 @@ def measure(case):
         rates = bare()
     elif case == "iql-start":
         rates = start()
+    elif name == "uni_o4":
+        rates = uni_o4(*parts)
+    elif name == "ppo":
+        rates = on_policy(load(name), 1)
     else:
         num_seeds = cores if parts[1] == "cores" else 1
         rates = {"offline": offline, "online": online}[parts[0]](load(name), num_seeds)

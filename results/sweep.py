@@ -33,6 +33,7 @@ from rich.live import Live
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
+OFFLINE = ("offline_steps", "cloning_steps", "critic_steps", "dynamics_steps", "improvement_steps")
 RETRIES = 20  # of a trial that dies; a loop of deaths ends some time
 
 
@@ -189,7 +190,7 @@ def progress(folder):
         rows = []
     if not rows or not config:
         return "starting" if (folder / "log.txt").exists() else "waiting", 0.0, None, None, None
-    offline = 0 if config["init_from"] else config.get("offline_steps", 0)
+    offline = sum(config.get(name, 0) for name in OFFLINE) if not config["init_from"] else 0
     last, totals = rows[-1], {"offline": offline, "online": config["online_steps"]}
     done = {phase: max([int(r["step"]) for r in rows if r["phase"] == phase], default=0)
             for phase in totals}

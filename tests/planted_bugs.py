@@ -17,11 +17,13 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LOSSES, LEARNING, DATA, FAMILY, FINETUNE = (
-    f"tests/test_{name}.py" for name in ("losses", "learning", "data", "cql", "finetune"))
+LOSSES, LEARNING, DATA, FAMILY, FINETUNE, ON_POLICY = (
+    f"tests/test_{name}.py"
+    for name in ("losses", "learning", "data", "cql", "finetune", "uni_o4"))
 IQL, SAC = "algorithms/iql.py", "baselines/sac.py"
 CQL, CAL, FT = (f"algorithms/{name}.py" for name in ("cql", "cal_ql", "sac_finetune"))
-RLPD, BC = "baselines/rlpd.py", "baselines/bc.py"
+RLPD, BC, PPO, UNI = (
+    "baselines/rlpd.py", "baselines/bc.py", "baselines/ppo.py", "algorithms/uni_o4.py")
 ONLY_CQL = "{} and cql and not cal_ql"
 TARGET_Q = "state.critic.apply_fn(state.target_critic_params, batch.observations, batch.actions)\n"
 OWN_Q = "state.critic.apply_fn(state.critic.params, batch.observations, batch.actions)\n"
@@ -106,8 +108,8 @@ BUGS = {
         IQL, "rewards=run.transform.rewards(rewards),", "rewards=rewards.astype(np.float32),",
         LEARNING, "online_transitions"),
     "action-not-rescaled-online": (
-        IQL, "action = run.transform.environment_actions(rollout.actions[i])",
-        "action = rollout.actions[i]", LEARNING, "online_transitions"),
+        IQL, "actions = run.transform.environment_actions(rollout.actions)  # (S, A)",
+        "actions = rollout.actions", LEARNING, "online_transitions"),
     "action-not-rescaled-in-evaluation": (
         IQL, "        actions = run.transform.environment_actions(actions)\n", "",
         LEARNING, "main_learns"),
@@ -207,7 +209,7 @@ BUGS = {
                       "return state.kl_multiplier.apply_fn(params) * (kl - limit)", FINETUNE,
                       "price"),
     "ft-reference-not-taken-at-the-switch": (
-        FT, "        run.shards = list(map(begin_online, run.shards))\n", "", FINETUNE,
+        FT, "        run.shards = list(map(jax.vmap(begin_online), run.shards))\n", "", FINETUNE,
         "mode_sets and wsrl"),
     "ft-limit-does-not-rise": (FT, "(config.kl_limit_end - config.kl_limit) * progress", "0.0",
                                FINETUNE, "price"),
@@ -248,6 +250,81 @@ BUGS = {
                              'np.cumsum(arrays["ends"])', FINETUNE, "percent"),
     "bc-frozen": (BC, "state.replace(actor=actor, key=key), info", "state.replace(key=key), info",
                   FINETUNE, "bc_finds"),
+    # Uni-O4 and PPO
+    "uni-ratio-upside-down": (
+        UNI, "ratio = jnp.exp(policy.log_prob(actions) - reference.log_prob(actions))",
+        "ratio = jnp.exp(reference.log_prob(actions) - policy.log_prob(actions))", ON_POLICY,
+        "improvement_loss or plain_policy_gradient"),
+    "uni-advantage-raw": (UNI, "advantage = (raw - raw.mean()) / (raw.std() + 1e-10)",
+                          "advantage = raw", ON_POLICY, "improvement_loss"),
+    "uni-action-unclipped": (UNI, "executed = jnp.clip(actions, -1.0, 1.0)", "executed = actions",
+                             ON_POLICY, "improvement_loss"),
+    "uni-actions-of-the-candidate": (
+        UNI, "actions = reference.sample(seed=key)",
+        "actions = state.clones.apply_fn(params, observations).sample(seed=key)", ON_POLICY,
+        "improvement_loss"),
+    "uni-clip-falls-on": (UNI, "jnp.minimum(step, 200)", "step", ON_POLICY, "schedules"),
+    "uni-amq-normalised-twice": (
+        UNI, "q, action = q_and_action(x)  # (P,), (P, A)",
+        "q, action = q_and_action(x * state.observation_std + state.observation_mean)", ON_POLICY,
+        "amq_on"),
+    "uni-termination-normalised": (
+        UNI, "raw = x * state.observation_std + state.observation_mean", "raw = x", ON_POLICY,
+        "amq_on"),
+    "uni-amq-counts-the-dead": (
+        UNI, "total, count = total + (alive * q).sum(), count + alive.sum()",
+        "total, count = total + q.sum(), count + len(q)", ON_POLICY, "amq_on"),
+    "uni-amq-max": (UNI, "return q.min(axis=0), action", "return q.max(axis=0), action", ON_POLICY,
+                    "amq_"),
+    "uni-worst-models": (UNI, "elites = jnp.argsort(state.best_errors)",
+                         "elites = jnp.argsort(-state.best_errors)", ON_POLICY, "elite"),
+    "uni-gate-upside-down": (UNI, "better = scores > incumbent +", "better = scores < incumbent +",
+                             ON_POLICY, "gate or margin"),
+    "uni-all-move": (
+        UNI, ("references = jax.tree.map(partial(where_member, better), state.members.params, "
+        "state.references)"), "references = state.members.params", ON_POLICY, "gate_moves"),
+    "uni-incumbent-forgotten": (UNI, "kept = jnp.where(better, scores, incumbent)",
+                                "kept = scores", ON_POLICY, "gate_moves"),
+    "uni-q-from-the-old-v": (UNI, "    state = state.replace(offline_value=value)\n", "", ON_POLICY,
+                             "new_v"),
+    "uni-target-every-update": (UNI, "jnp.where(critic.step % 2 == 0, config.tau, 0.0)",
+                                "config.tau", ON_POLICY, "second_update"),
+    "uni-trained-on-holdout": (UNI, "minval=num_holdout, maxval=num_rows",
+                               "minval=0, maxval=num_rows", ON_POLICY, "holdout"),
+    "uni-last-models": (UNI, "better = errors < 0.99 * state.best_errors",
+                        "better = errors < jnp.inf", ON_POLICY, "keeps_the_best"),
+    "uni-diversity-attached": (UNI, "loss = -log_prob - weight * (log_prob - stop(best_other))",
+                               "loss = -log_prob - weight * (log_prob - best_other)", ON_POLICY,
+                               "plain_cloning"),
+    "uni-collected-across-environments": (
+        UNI, "np.stack([r[n] for r in rows], axis=1)", "np.stack([r[n] for r in rows], axis=0)",
+        ON_POLICY, "one_command"),
+    "uni-v-not-handed-over": (UNI, "state.replace(value=state.value.replace(params=params))",
+                              "state", ON_POLICY, "online_v_begins"),
+    "std-squashed-twice": (PPO, "u = nn.tanh(u) if self.squash_twice else u", "u = nn.tanh(u)",
+                           ON_POLICY, "std_asked"),
+    "uni-std-squashed-twice": (UNI, "u = nn.tanh(u) if self.squash_twice else u", "u = nn.tanh(u)",
+                               ON_POLICY, "std_is_bounded"),
+    "gae-across-episodes": (PPO, "(1.0 - end) * following", "following", ON_POLICY, "gae and ppo"),
+    "gae-time-limit": (PPO, "config.discount * rollout.masks * next_values",
+                       "config.discount * (1.0 - ends) * next_values", ON_POLICY, "gae and ppo"),
+    "ppo-returns-normalised": (PPO, "normalised, values, advantages + values)",
+                               "normalised, values, normalised + values)", ON_POLICY,
+                               "v_regresses and ppo"),
+    "ppo-clip-side": (PPO, "jnp.minimum(ratio * batch.advantages",
+                      "jnp.maximum(ratio * batch.advantages", ON_POLICY, "ppo_losses and ppo"),
+    "ppo-value-clip-relative": (
+        PPO, ("near = batch.values + jnp.clip(v - batch.values, -config.value_clip, "
+        "config.value_clip)"),
+        ("near = batch.values * jnp.clip(v / batch.values, 1 - config.value_clip, "
+        "1 + config.value_clip)"), ON_POLICY, "ppo_losses and ppo"),
+    "shift-without-inertia": (PPO, "        model.body_inertia[:] *= mass\n", "", ON_POLICY,
+                              "shifted"),
+    "delay-over-a-reset": (
+        PPO, ("        self.waiting = [np.zeros(self.action_space.shape, "
+        "self.action_space.dtype)] * self.delay\n"),
+        ("        zero = np.zeros(self.action_space.shape, self.action_space.dtype)\n"
+        "        self.waiting = self.waiting or [zero] * self.delay\n"), ON_POLICY, "shifted"),
 }  # fmt: skip
 
 
@@ -307,7 +384,8 @@ def main():
             Path(folder, file).write_text(clean)
             caught += not missed
             result = "MISSED" if missed else "caught"
-            print(f"{name:34} {Path(file).name:7} {result}  {time.time() - begin:4.0f} s  {failed}",
+            seconds = time.time() - begin
+            print(f"{name:34} {Path(file).name:15} {result}  {seconds:4.0f} s  {failed}",
                   flush=True)
     print(f"{caught} of {len(names)} planted bugs caught")
     raise SystemExit(caught < 0.9 * len(names))
