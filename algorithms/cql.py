@@ -1773,7 +1773,7 @@ def finished_episodes(run):
 def train(run, phase, chunk, num_steps, received, unit=1):
     """Chunk by chunk, each a multiple of `unit` steps, up to `num_steps` (or the first multiple
     above): log, evaluate, save, and answer a signal."""
-    config, per_step = run.config, run.config.utd_ratio if phase == "online" else 1
+    config, per_step = run.config, 1 if phase == "offline" else run.config.utd_ratio
     while getattr(run, phase) < num_steps:
         begin, done = time.time(), getattr(run, phase)
         size = min(config.log_interval - done % config.log_interval, num_steps - done)
@@ -1782,7 +1782,8 @@ def train(run, phase, chunk, num_steps, received, unit=1):
         done += size
         setattr(run, phase, done)
         seconds = time.time() - begin
-        updates = size * per_step * config.num_seeds if "actor_loss" in values else 0
+        learnt = phase == "offline" or "actor_loss" in values  # not while warming up
+        updates = size * per_step * config.num_seeds * learnt
         check_finite(run, phase, values)
         values |= {"updates_per_second": np.full(config.num_seeds, updates / seconds),
                    "seconds": np.full(config.num_seeds, seconds)}

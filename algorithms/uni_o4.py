@@ -14,7 +14,7 @@ out in a learned model (AM-Q). Online, PPO goes on with the chosen policy and th
     dynamics     L_T     = sum_m E[ |mu_m - y|^2 / sigma_m^2 + log sigma_m^2 ], y = (s' - s, r)
     improvement  L_pi    = -E[ min(rho * A, clip(rho, 1 - clip_ratio, 1 + clip_ratio) * A) ],
                  rho = pi(a | s) / pi_k(a | s), a ~ pi_k(s), A = min_k Q_k(s, a) - V(s), normalised
-    AM-Q         J(pi)   = E[ sum_t min_k Q_k(s_t, pi(s_t)) ], t = 0 ... horizon, in the model; the
+    AM-Q         J(pi)   = E[ sum_t min_k Q_k(s_t, pi(s_t)) ] over `horizon` steps in the model; the
                  reference pi_k becomes pi where J(pi) > J(pi_k), asked every amq_interval updates
     online       PPO, as in ppo.py, from the member with the highest J and from V
 
@@ -26,24 +26,30 @@ With online,offline,online a policy is pre-trained in the environment as it is, 
 with other physics (--shift), plays there for --collect-steps steps, is improved offline on these
 data alone, and fine-tuned in that world: the paper's sim-to-real story, told in simulation.
 
-Deviations. From the paper, none known in the default settings but these:
- 1. AM-Q asks every policy from the same dataset states with the same noise, at every query, so that
-    two scores differ by their policies alone (--no-amq-paired: fresh ones for each). Rows of the
-    model are held within 10 standard deviations of the data; where |Q| explodes, the horizon is
-    halved, with a warning. One elite steps each row.
+Deviations. From the paper, known ones:
+ 1. At a query, AM-Q asks candidate and incumbent from the same dataset states with the same noise
+    (--no-amq-paired: as the authors' code). Rows of the model are held within 10 standard
+    deviations of the data; where |Q| grows tenfold on the way, nobody is accepted and the horizon
+    is halved, with a warning. One elite steps each row.
  2. The diversity is `specialise`, as the paper's form has no gradient in the authors' code, whose
     denominator is detached (`heuristic`); `joint` is the paper's formula, gradients through both.
-From the authors' code (github.com/Lei-Kun/Uni-O4); the presets *-code bring back what is marked c:
+From the authors' code (github.com/Lei-Kun/Uni-O4); presets *-code bring back what is marked (c):
  3. AM-Q sums Q as in the paper; theirs averages over the rows that are alive (c).
  4. The gate compares with the incumbent; theirs with the best score ever seen (c).
  5. The member is chosen by AM-Q alone; theirs is the best of three by its score in the environment.
-    What is deployed is the last accepted policy, not the last one (c).
- 6. A time limit is no termination. Rows whose next observation is another episode's are left out.
- 7. Actions are clipped to the box before Q sees them; the ratio is that of the raw ones.
- 8. The log-std passes tanh once online; in theirs twice (c). An online action is stored raw.
- 9. One reward scale serves all stages, so V need not be fitted again; no running scale.
-10. IQL's critics everywhere; two of their scripts use SARSA and Monte-Carlo. Orthogonal
-    initialisation. The model sees the agent's units; its hold-out rows are shared by all members.
+ 6. The last accepted policy is deployed; in theirs the last one (c).
+ 7. A time limit is no termination. Rows whose next observation is another episode's are left out.
+ 8. Actions are clipped to the box before Q sees them; the ratio is that of the raw ones.
+ 9. The log-std passes tanh once online; in theirs twice (c). An online action is stored raw.
+10. One reward scale serves all stages, so V need not be fitted again; no running scale. V's change
+    is not clipped online; in theirs by 0.05 in units of V (c).
+11. IQL's critics everywhere; two of their scripts use SARSA and Monte-Carlo. Orthogonal hidden
+    layers with gain sqrt(2), small output layers, and a new policy's std of 0.5, not 0.08.
+12. The model sees the agent's units, draws its rows with replacement, stops at --dynamics-steps at
+    the latest; its hold-out rows and bootstraps are the same for every seed. Members are cloned
+    side by side, not in random order.
+13. Settings are per domain, not per dataset: the rows of their scripts that differ need flags.
+14. A maze's goal has the environment's radius of 0.45, theirs 0.5.
 """
 
 # /// script
@@ -129,7 +135,8 @@ class Config:
     true_scores: bool = False  # play every member at every query: for the log, never used
     run_dir: str | None = None  # folder of this run; default: runs/<script>/<dataset>/<name>
     resume: str | None = None  # folder of a run to go on with (a new run where there is none)
-    init_from: str | None = None  # ppo.py's checkpoint, for the first stage; or one of this script
+    init_from: str | None = None  # ppo.py's: skip pre-training; this script's: the offline phase
+    supervised_from: str | None = None  # take clones, critics and model of that run of the script
     eval_only: str | None = None  # checkpoint or run folder: evaluate it and stop
     video: bool = False  # film one episode at the end: video.mp4
     wandb: bool = False  # also log to Weights & Biases
@@ -168,9 +175,9 @@ class Config:
     # Offline improvement
     improvement_learning_rate: float = 1e-4  # Adam, falls linearly to 0
     improvement_clip_ratio: float = 0.25  # of the probability ratio, from 1
-    gate: Literal["amq", "always", "never"] = "amq"  # when a policy becomes its own reference
+    gate: Literal["amq", "always", "never"] = "amq"  # never, --deploy last: one-step improvement
     amq: Literal["sum", "mean"] = "sum"  # of Q over the steps, or over the steps alive
-    amq_paired: bool = True  # the same states and noise at every query
+    amq_paired: bool = True  # the same states and noise for candidate and incumbent
     amq_margin: float = 0.0  # of the incumbent's score, by which the candidate must be better
     amq_interval: int = 100  # updates between two queries
     amq_starts: int = 510  # dataset states per query, a multiple of num_elites
@@ -188,7 +195,7 @@ class Config:
     entropy_weight: float = 0.01  # of the entropy bonus
     online_learning_rate: float = 2e-5  # Adam, policy
     value_learning_rate: float = 2e-4  # Adam, V
-    decay_learning_rate: bool = True  # linearly to 0 over the online steps
+    decay_learning_rate: bool = True  # linearly to 0 at --online-steps
     squash_std_twice: bool = False  # online: tanh once more on the log-std, as in the authors' code
 
     @property
@@ -222,7 +229,7 @@ PRESETS = {
     ),
     "adroit": dict(
         model_hidden_dims=(400,) * 4, model_learning_rate=3e-4, model_patience=10, horizon=50,
-        improvement_learning_rate=1e-5, online_learning_rate=8e-6,
+        improvement_learning_rate=1e-5, online_learning_rate=6e-6, minibatch_size=256,
     ),
     "kitchen": dict(
         critic_steps=1_000_000, cloning_steps=200_000, improvement_steps=1_000, horizon=4,
@@ -232,7 +239,8 @@ PRESETS = {
     "antmaze": dict(
         reward_scale=10.0, reward_shift=-5.0, expectile=0.9, critic_hidden_dims=(256,) * 3,
         value_hidden_dims=(256,) * 3, horizon=70, amq="mean", improvement_learning_rate=3e-5,
-        successes_only=True, eval_episodes=50,
+        successes_only=True, eval_episodes=50, model_hidden_dims=(400,) * 4,
+        model_learning_rate=3e-4,
     ),
 }  # fmt: skip
 PRESETS["pointmaze"] = PRESETS["antmaze"]
@@ -280,23 +288,23 @@ METRICS = {  # every column of metrics.csv that is the algorithm's own, with its
     "expectile_loss": "expectile loss of the offline V (transformed reward units squared)",
     "critic_loss": "squared TD error, summed over critics; bounded, may grow with q",
     "q": "mean Q of the batch; near or above the dataset's discounted return, never far above",
-    "dynamics_loss": "negative log-likelihood of the model (nats, without constants); falls",
+    "dynamics_loss": "negative log-likelihood (nats, without constants), summed over models; falls",
     "model_error": "squared hold-out error of the elites, mean over dimensions; falls",
     "improvement_loss": "clipped surrogate offline, negated; a little below 0",
     "advantage": "mean of Q - V at the reference's actions; below 0 for expectile > 0.5",
     "horizon": "of AM-Q's rollouts; halved where |Q| explodes in the model",
     "amq": "AM-Q of the candidates, mean over members; rises",
-    "amq_incumbent": "AM-Q of the references, mean over members; rises, never falls if paired",
+    "amq_incumbent": "AM-Q of the references, mean over members; rises",
     "accepted": "queries won so far, mean over members; 0 after many: model or horizon are broken",
     "ranking": "share of pairs of members and queries that AM-Q orders as the environment does",
     "members_return": "mean return of all members' candidates, with --true-scores",
     "actor_loss": "clipped surrogate, negated; slightly below 0, the advantages being normalised",
     "value_loss": "squared error of V (transformed reward units squared)",
     "v": "mean V of the rollout; towards the discounted return",
-    "ratio_clipped": "share of the last epochs' ratios outside the clip; 0.05 ... 0.3",
+    "ratio_clipped": "share of ratios outside the clip, mean over the epochs; 0.05 ... 0.3",
     "kl": "of the new policy from the rollout's (nats); of order 0.01",
     "entropy": "of the policy (nats); falls slowly",
-    "falls": "episodes of the interval that ended by termination, not at the time limit",
+    "falls": "episodes of the interval that ended by termination (in mazes: at the goal)",
 }
 
 # --------------------------------------------------------------------- Networks and distributions
@@ -397,7 +405,7 @@ class BoundedGaussianPolicy(nn.Module):
     @nn.compact
     def __call__(self, observations):
         features = MLP(self.hidden_dims, activation=getattr(nn, self.activation))(observations)
-        small = nn.initializers.orthogonal(0.01)
+        small = nn.initializers.variance_scaling(1e-4, "fan_in", "normal")
         mean = nn.tanh(nn.Dense(self.action_dim, kernel_init=small)(features))  # (B, A)
         start = np.arctanh((np.log(self.initial_std) + 5.0) / 2.5 - 1.0)
         bias = nn.initializers.constant(start)
@@ -715,7 +723,7 @@ def fit_dynamics(state, dataset, config):
         inputs = state, batch, None, config
         dynamics, info = gradient_step(state.dynamics, dynamics_loss, *inputs)
         state = state.replace(dynamics=dynamics, key=key)
-        ended = dynamics.step % epoch == 0
+        ended = (dynamics.step % epoch == 0) | (dynamics.step == config.dynamics_steps)
         state = jax.lax.cond(ended, partial(judge_models, dataset=dataset, config=config),
                              lambda state: state, state)  # fmt: skip
         return state, info["dynamics_loss"]
@@ -748,6 +756,9 @@ def where_member(chosen, new, old):
 # ------------------------------------------------------------------------------------------- AM-Q
 
 
+TERMINATIONS = ("hopper", "walker2d", "halfcheetah", "pen", "maze", "none")
+
+
 def terminated(observations, config):
     """Whether an episode ends in raw observations (B, O), by the environment's own rule."""
     x, rule = observations, config.termination
@@ -762,7 +773,7 @@ def terminated(observations, config):
     if rule == "pen":
         return x[:, 26] < 0.075
     if rule == "maze":  # achieved and desired goal come first
-        return jnp.linalg.norm(x[:, :2] - x[:, 2:4], axis=1) <= 0.5
+        return jnp.linalg.norm(x[:, :2] - x[:, 2:4], axis=1) <= 0.45
     return jnp.zeros(len(x), bool)
 
 
@@ -819,36 +830,35 @@ def query(state, dataset, config):
 
 def query_one_seed(state, dataset, config):
     """`query` of one seed."""
-    next_key, key = jax.random.split(state.key)
-    if config.amq_paired:
-        key = jax.random.PRNGKey(0)
-    rows_key, noise_key = jax.random.split(key)
+    key, rows_key, noise_key = jax.random.split(state.key, 3)
     num = 1 if config.amq_paired else config.num_members
     rows = jax.random.randint(rows_key, (num, config.amq_starts), 0, len(dataset.rewards))
-    keys = jax.random.split(noise_key, num)
     shape = config.num_members, config.amq_starts, dataset.observations.shape[1]
     starts = jnp.broadcast_to(dataset.observations[rows], shape)  # (N, P, O)
+    keys = jax.random.split(noise_key, num)
     keys = jnp.broadcast_to(keys, (config.num_members, *keys.shape[1:]))  # (N, 2)
-    scores, growth = amq_scores(state, state.members.params, starts, keys, config)  # (N,)
-    incumbent = jax.lax.cond(  # (N,); at the first query theirs is not known yet
-        state.queries == 0,
-        lambda: amq_scores(state, state.references, starts, keys, config)[0],
-        lambda: state.scores,
-    )
-    better = scores > incumbent + config.amq_margin * jnp.abs(incumbent)  # (N,)
+    scores, growth = amq_scores(state, state.members.params, starts, keys, config)  # (N,), (N,)
+    ask_references = partial(amq_scores, state, state.references, starts, keys, config)
+    if config.amq_paired:
+        incumbent, other_growth = ask_references()
+    else:  # only at the first query their score is not known yet
+        known = state.scores, jnp.ones(config.num_members)
+        incumbent, other_growth = jax.lax.cond(state.queries == 0, ask_references, lambda: known)
+    exploded = jnp.maximum(growth, other_growth).max() > 10.0
+    better = (scores > incumbent + config.amq_margin * jnp.abs(incumbent)) & ~exploded  # (N,)
     if config.gate != "amq":
         better = jnp.full(config.num_members, config.gate == "always")
     references = jax.tree.map(partial(where_member, better), state.members.params, state.references)
     kept = jnp.where(better, scores, incumbent)  # (N,)
     candidates = state.members.params if config.deploy == "last" else references
     chosen = jnp.argmax(scores if config.deploy == "last" else kept)
-    actor = state.actor.replace(params=jax.tree.map(lambda x: x[chosen], candidates))
-    exploded = growth.max() > 10.0
+    params = jax.tree.map(lambda x, old: jnp.where(exploded, old, x[chosen]), candidates,
+                          state.actor.params)  # fmt: skip
     horizon = jnp.where(exploded, jnp.maximum(state.horizon // 2, 1), state.horizon)
     state = state.replace(
-        references=references, scores=kept, accepted=state.accepted + better, actor=actor,
-        horizon=horizon, key=next_key,
-        queries=jnp.where(exploded, 0, state.queries + 1),  # other horizon: scores start anew
+        references=references, scores=kept, accepted=state.accepted + better,
+        actor=state.actor.replace(params=params), horizon=horizon, key=key,
+        queries=jnp.where(exploded, 0, state.queries + 1),  # another horizon: scores start anew
     )
     found = {"amq": scores, "amq_incumbent": kept, "accepted": better.astype(jnp.float32)}
     return state, found | {"horizon": horizon.astype(jnp.float32)}
@@ -1696,11 +1706,13 @@ def staged_chunk(run, num_steps):
             size = min(size, config.amq_interval - at % config.amq_interval)
             if at == 0:
                 run.shards = [jax.jit(jax.vmap(begin_improvement))(s) for s in run.shards]
-        update = partial(offline_updates, stage=stage, config=config, num_steps=size)
-        run.shards, info = on_every_device(update, run.shards, run.datasets)
-        infos.append(to_host(info))
+        stale = to_host([s.stale_epochs for s in run.shards])
+        if stage != "dynamics" or (stale < config.model_patience).any():  # else it has stopped
+            update = partial(offline_updates, stage=stage, config=config, num_steps=size)
+            run.shards, info = on_every_device(update, run.shards, run.datasets)
+            infos.append(to_host(info))
         done, num_steps = done + size, num_steps - size
-        if stage == "improvement" and (at + size) % config.amq_interval == 0:
+        if stage == "improvement" and ((at + size) % config.amq_interval == 0 or size == left):
             infos.append(ask(run, at + size))
     names = dict.fromkeys(name for info in infos for name in info)
     return {n: np.mean([info[n] for info in infos if n in info], axis=0) for n in names}
@@ -1724,10 +1736,14 @@ def ask(run, step):
         rows.append({"step": step, "seed": run.config.seed + i, "member": j,
                      "amq": found["amq"][i, j], "amq_incumbent": found["amq_incumbent"][i, j],
                      "accepted": int(found["accepted"][i, j]), "return": returns[i, j]})
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[-1], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    try:
+        with open(path.with_suffix(".tmp"), "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[-1], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(path.with_suffix(".tmp"), path)
+    except OSError as error:
+        fail(f"cannot write queries.csv ({error.strerror})", code=4)
     won = to_host([s.accepted for s in run.shards])  # (S, N)
     seeds = [run.config.seed + i for i in range(run.config.num_seeds)]
     values = {"amq": found["amq"].mean(1), "amq_incumbent": found["amq_incumbent"].mean(1),
@@ -1772,6 +1788,8 @@ def offline_dataset(run, path):
     weights = np.ones(len(batch.rewards), np.float32)
     if run.config.successes_only:
         weights = discounted_returns(arrays["rewards"], arrays["ends"], 0.99)[arrays["keep"]] > 0
+        if not weights.any():
+            fail(f"{path}: --successes-only, but no trajectory has a positive reward")
     # the order means nothing to the agent: its first rows are the model's hold-out
     order = np.random.default_rng(0).permutation(len(batch.rewards))
     batch = jax.tree.map(lambda x: x[order], batch.replace(mc_returns=np.float32(weights)))
@@ -1799,33 +1817,38 @@ def pretraining(config):
     )  # fmt: skip
 
 
+def fresh_shards(run):
+    """New agents of the run's configuration."""
+    sizes = len(run.transform.observation_mean), len(run.transform.action_center)
+    return create_shards(run.config, *sizes, run.devices)
+
+
 def pretrain(run, saved, received):
     """Train the policy by PPO in the environment as it is, without --shift."""
     config = pretraining(run.config)
     spec = unshifted(run.spec)
     envs = [make_env(spec) for _ in run.eval_envs]
-    sizes = len(run.transform.observation_mean), len(run.transform.action_center)
-    shards = create_shards(config, *sizes, run.devices)
-    world = dataclasses.replace(run, config=config, spec=spec, eval_envs=envs, shards=shards)
+    world = dataclasses.replace(run, config=config, spec=spec, eval_envs=envs)
+    world.shards = fresh_shards(world)
     if saved:
         restore_agent(world, run.folder)
     start_on_policy(world, saved)
     train(world, "pretrain", on_policy_chunk, config.pretrain_steps, received, config.rollout_steps)
-    run.shards = list(map(fresh_optimisers, world.shards, run.shards))
+    run.shards = list(map(fresh_optimisers, world.shards, fresh_shards(run)))
     run.pretrain, run.log_size = world.pretrain, world.log_size
 
 
 def collect_dataset(run, path, num_envs=5):
     """Play the policy in the run's environment: `collect_steps` steps as a flat file of D4RL's
     keys. One environment of five plays the mean actions, the others sample."""
-    run.rollout, rows = start_rollout(run, None, num_envs), []
+    run.rollout, rows, state = start_rollout(run, None, num_envs), [], run.shards[0]
     num_steps = -(-run.config.collect_steps // num_envs)
     for step in tqdm(range(num_steps), desc="collecting", disable=None):
         before, episodes = run.rollout.observations.copy(), run.rollout.episodes.copy()
         inputs = run.transform.observations(before)
-        sampled, key = act_on_policy(run.shards[0], inputs)
-        mean = act_deterministically(run.shards[0], inputs[None])[0]
-        run.shards[0] = run.shards[0].replace(key=key)
+        sampled, key = act_on_policy(state, inputs)
+        mean = act_deterministically(state, inputs[None])[0]
+        state = state.replace(key=key)
         deterministic = np.arange(num_envs)[:, None] == 0
         run.rollout.actions = np.clip(np.where(deterministic, mean, sampled), -1.0, 1.0)
         batch = step_rollout(run)
@@ -1842,9 +1865,11 @@ def collect_dataset(run, path, num_envs=5):
     falls = arrays["terminals"].sum()
     tqdm.write(f"collected {len(arrays['rewards']):,} steps, {falls} falls: {path}")
     run.rollout = None
-    temporary = path.with_suffix(".tmp.npz")
-    np.savez(temporary, **arrays)
-    os.replace(temporary, path)
+    try:
+        np.savez(path.with_suffix(".tmp.npz"), **arrays)
+        os.replace(path.with_suffix(".tmp.npz"), path)
+    except OSError as error:
+        fail(f"cannot write {path} ({error.strerror})", code=4)
 
 
 def unshifted(spec):
@@ -1854,6 +1879,31 @@ def unshifted(spec):
         w for w in made["additional_wrappers"] if w["name"] != "ShiftedPhysics"
     ]
     return json.dumps(made)
+
+
+def take_agent(run, source):
+    """Put the agent of a finished offline phase into the run, with fresh optimisers and keys. Of
+    one that was fine-tuned already, V is the online one."""
+    _, meta, _ = restore_agent(run, source)
+    taken = []
+    for state, fresh in zip(run.shards, fresh_shards(run), strict=True):
+        value = state.value if meta["online"] else state.offline_value
+        state = state.replace(offline_value=state.offline_value.replace(params=value.params))
+        actor = fresh.actor.replace(params=state.actor.params)
+        taken.append(state.replace(actor=actor, value=fresh.value, key=fresh.key))
+    run.shards = taken
+
+
+def take_supervised(run, source):
+    """Put what the supervised stages of another run have made into new agents: the offline
+    improvement is next."""
+    restore_agent(run, source)
+    names = ("clones", "critic", "target_critic_params", "offline_value", "dynamics", "best_models",
+             "best_errors", "stale_epochs", "input_mean", "input_std", "observation_mean",
+             "observation_std")  # fmt: skip
+    run.shards = [fresh.replace(**{name: getattr(state, name) for name in names})
+                  for state, fresh in zip(run.shards, fresh_shards(run), strict=True)]  # fmt: skip
+    run.offline = run.config.offline_steps - run.config.improvement_steps
 
 
 def take_policy(run, source):
@@ -1999,28 +2049,82 @@ def task_preset(env_id):
 
 
 def settle(config, spec):
-    """The configuration with `auto` resolved, after refusing sizes that do not fit each other."""
+    """The configuration with `auto` resolved, after refusing what does not fit together."""
     words = {"Hopper": "hopper", "Walker2d": "walker2d", "HalfCheetah": "halfcheetah",
              "HandPen": "pen", "Maze": "maze"}  # fmt: skip
-    env_id = json.loads(spec)["id"]
+    made, online_first = json.loads(spec), config.stages.startswith("online")
     if config.termination == "auto":
-        rule = next((rule for word, rule in words.items() if word in env_id), "none")
+        rule = next((rule for word, rule in words.items() if word in made["id"]), "none")
+        if rule == "maze" and made["kwargs"].get("continuing_task", True):
+            rule = "none"  # it does not end at the goal
         config = dataclasses.replace(config, termination=rule)
-    for name, part in (("rollout_steps", "minibatch_size"), ("rollout_steps", "num_envs"),
-                       ("amq_starts", "num_elites")):  # fmt: skip
-        if getattr(config, name) % getattr(config, part):
-            flags = [f"--{word.replace('_', '-')}" for word in (name, part)]
-            fail(f"{flags[0]} {getattr(config, name)}: must be a multiple of {flags[1]} "
-                 f"{getattr(config, part)}")
-    if config.num_elites > config.num_models:
-        fail(f"--num-elites {config.num_elites}: there are {config.num_models} models")
-    if config.stages.startswith("online"):
+    check_sizes(config, 8 if online_first else config.num_envs)
+    if online_first:
         if config.num_seeds > 1:
             fail("--stages online,offline,online: each seed has its own dataset, so --num-seeds 1")
         if config.dataset:
             fail("--stages online,offline,online: the run makes its own dataset, no --dataset")
-        config = dataclasses.replace(config, env_id=env_id)
+        config = dataclasses.replace(  # the policy is trained on raw observations and rewards
+            config, env_id=made["id"], normalize_observations=False, normalize_returns=False
+        )
+    if config.init_from:
+        check_source(config, online_first)
+    if config.supervised_from:
+        check_supervised(config, online_first)
     return config
+
+
+def check_sizes(config, num_envs):
+    """Refuse sizes that do not fit each other."""
+    parts = (("rollout_steps", "minibatch_size", config.minibatch_size),
+             ("rollout_steps", "num_envs", config.num_envs),
+             ("rollout_steps", "num_envs", num_envs),
+             ("amq_starts", "num_elites", config.num_elites))  # fmt: skip
+    for name, part, size in parts:
+        if getattr(config, name) % size:
+            flags = [f"--{word.replace('_', '-')}" for word in (name, part)]
+            fail(f"{flags[0]} {getattr(config, name)}: must be a multiple of {flags[1]} {size}")
+    if config.num_elites > config.num_models:
+        fail(f"--num-elites {config.num_elites}: there are {config.num_models} models")
+    if config.gate == "amq" and config.improvement_steps and not config.dynamics_steps:
+        fail("--dynamics-steps 0: --gate amq needs a model")
+    if config.termination not in TERMINATIONS:
+        fail(f"--termination {config.termination}: must be auto or one of "
+             f"{', '.join(TERMINATIONS)}")
+
+
+def check_source(config, online_first):
+    """Refuse a checkpoint that this run cannot go on from."""
+    _, meta, found = load_own_checkpoint(config.init_from, INIT_FROM)
+    wanted = "ppo" if online_first else "uni_o4"
+    if meta["script"] != wanted:
+        fail(f"--init-from {found}: a checkpoint of {meta['script']}.py; --stages {config.stages} "
+             f"goes on from {wanted}.py's")
+    for name in ("activation", "reward_scale", "reward_shift"):
+        if meta["config"][name] != getattr(config, name):
+            fail(f"--init-from {found}: has --{name.replace('_', '-')} {meta['config'][name]}, but "
+                 f"this run {getattr(config, name)}")
+    if wanted == "uni_o4":
+        if config.stages == "offline":
+            fail("--stages offline --init-from: nothing is left to do")
+        if meta["offline"] < config_from(json.dumps(meta["config"])).offline_steps:
+            fail(f"--init-from {found}: its offline phase is not finished")
+
+
+def check_supervised(config, online_first):
+    """Refuse a --supervised-from whose supervised stages are not this run's."""
+    if online_first or config.init_from:
+        fail("--supervised-from: not with --init-from, nor with --stages online,offline,online")
+    _, meta, found = load_own_checkpoint(config.supervised_from)
+    theirs = config_from(json.dumps(meta["config"]))
+    names = ("dataset", "normalize_observations", "normalize_returns", "reward_scale",
+             "reward_shift", "activation", "discount", "expectile", "cloning_steps", "critic_steps",
+             "dynamics_steps", "diversity", "num_seeds", "seed")  # fmt: skip
+    changed = [name for name in names if getattr(config, name) != getattr(theirs, name)]
+    if changed:
+        fail(f"--supervised-from {found}: that run has another {', '.join(changed)}")
+    if meta["offline"] < theirs.offline_steps - theirs.improvement_steps:
+        fail(f"--supervised-from {found}: its supervised stages are not finished")
 
 
 def plain_transform(run):
@@ -2415,7 +2519,7 @@ def finished_episodes(run):
 def train(run, phase, chunk, num_steps, received, unit=1):
     """Chunk by chunk, each a multiple of `unit` steps, up to `num_steps` (or the first multiple
     above): log, evaluate, save, and answer a signal."""
-    config, per_step = run.config, run.config.utd_ratio if phase == "online" else 1
+    config, per_step = run.config, 1 if phase == "offline" else run.config.utd_ratio
     while getattr(run, phase) < num_steps:
         begin, done = time.time(), getattr(run, phase)
         size = min(config.log_interval - done % config.log_interval, num_steps - done)
@@ -2424,7 +2528,8 @@ def train(run, phase, chunk, num_steps, received, unit=1):
         done += size
         setattr(run, phase, done)
         seconds = time.time() - begin
-        updates = size * per_step * config.num_seeds if "actor_loss" in values else 0
+        learnt = phase == "offline" or "actor_loss" in values  # not while warming up
+        updates = size * per_step * config.num_seeds * learnt
         check_finite(run, phase, values)
         values |= {"updates_per_second": np.full(config.num_seeds, updates / seconds),
                    "seconds": np.full(config.num_seeds, seconds)}
@@ -2508,8 +2613,10 @@ def main(arguments=None):
         offline_dataset(run, dataset)
     elif not dataset:
         offline_dataset(run, folder / "collected.npz")
-    if config.init_from and dataset and not config.stages.startswith("online") and not saved:
-        restore_agent(run, config.init_from)
+    if config.init_from and not config.stages.startswith("online") and not saved:
+        take_agent(run, config.init_from)
+    elif config.supervised_from and run.offline == 0 and not saved:
+        take_supervised(run, config.supervised_from)
     elif run.offline == 0 and not saved:
         prepare_offline(run)
         write_log(run, "offline", evaluation_values(run))
@@ -2531,9 +2638,7 @@ def online_first(run, saved, received):
     elif run.pretrain < run.config.pretrain_steps:
         pretrain(run, saved, received)
     else:  # it was killed after the pre-training
-        fresh = create_shards(run.config, len(run.transform.observation_mean),
-                              len(run.transform.action_center), run.devices)  # fmt: skip
-        run.shards = list(map(fresh_optimisers, run.shards, fresh))
+        run.shards = list(map(fresh_optimisers, run.shards, fresh_shards(run)))
     path = run.folder / "collected.npz"
     if not path.exists():
         collect_dataset(run, path)

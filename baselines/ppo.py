@@ -27,6 +27,7 @@ Deviations from the paper's code (github.com/openai/baselines, ppo2):
     normalised over the rollout, not over each minibatch.
  4. A time limit is no termination: the value of the observation after it is bootstrapped.
  5. An action is clipped to the box when it is executed; the ratio is that of the raw action.
+ 6. V's change is not clipped by default (--value-clip).
 """
 
 # /// script
@@ -118,7 +119,7 @@ class Config:
     activation: Literal["relu", "tanh"] = "tanh"  # of the policy's hidden layers
     learning_rate: float = 3e-4  # Adam, policy
     value_learning_rate: float = 1e-3  # Adam, V
-    decay_learning_rate: bool = True  # linearly to 0 over the run
+    decay_learning_rate: bool = True  # linearly to 0 at --online-steps
     max_grad_norm: float = 0.5  # of policy and of V
     # PPO
     num_envs: int = 8  # training environments per seed
@@ -165,10 +166,10 @@ METRICS = {  # every column of metrics.csv that is the algorithm's own, with its
     "actor_loss": "clipped surrogate, negated; slightly below 0, the advantages being normalised",
     "value_loss": "squared error of V (transformed reward units squared)",
     "v": "mean V of the rollout; towards the discounted return",
-    "ratio_clipped": "share of the last epochs' ratios outside the clip; 0.05 ... 0.3",
+    "ratio_clipped": "share of ratios outside the clip, mean over the epochs; 0.05 ... 0.3",
     "kl": "of the new policy from the rollout's (nats); of order 0.01",
     "entropy": "of the policy (nats); falls slowly",
-    "falls": "episodes of the interval that ended by termination, not at the time limit",
+    "falls": "episodes of the interval that ended by termination (in mazes: at the goal)",
 }
 
 # --------------------------------------------------------------------- Networks and distributions
@@ -238,7 +239,7 @@ class BoundedGaussianPolicy(nn.Module):
     @nn.compact
     def __call__(self, observations):
         features = MLP(self.hidden_dims, activation=getattr(nn, self.activation))(observations)
-        small = nn.initializers.orthogonal(0.01)
+        small = nn.initializers.variance_scaling(1e-4, "fan_in", "normal")
         mean = nn.tanh(nn.Dense(self.action_dim, kernel_init=small)(features))  # (B, A)
         start = np.arctanh((np.log(self.initial_std) + 5.0) / 2.5 - 1.0)
         bias = nn.initializers.constant(start)
@@ -837,11 +838,18 @@ def start_on_policy(run, saved=None):
 
 
 def check_rollouts(config):
-    """Refuse rollouts that do not make whole minibatches, or whole steps of all environments."""
+    """Refuse rollouts that do not make whole minibatches, or whole steps of all environments; and
+    a policy to start from that is another function of its arrays."""
     for name in ("batch_size", "num_envs"):
         if config.rollout_steps % getattr(config, name):
             fail(f"--rollout-steps {config.rollout_steps}: must be a multiple of "
                  f"--{name.replace('_', '-')} {getattr(config, name)}")
+    if config.init_from:
+        _, meta, found = load_own_checkpoint(config.init_from, INIT_FROM)
+        for name in ("activation", "reward_scale", "reward_shift"):
+            if meta["config"][name] != getattr(config, name):
+                fail(f"--init-from {found}: has --{name.replace('_', '-')} {meta['config'][name]}, "
+                     f"but this run {getattr(config, name)}")
 
 
 # -------------------------------------------------------------------------------------- Checkpoint
@@ -1348,7 +1356,7 @@ def finished_episodes(run):
 def train(run, phase, chunk, num_steps, received, unit=1):
     """Chunk by chunk, each a multiple of `unit` steps, up to `num_steps` (or the first multiple
     above): log, evaluate, save, and answer a signal."""
-    config, per_step = run.config, run.config.utd_ratio if phase == "online" else 1
+    config, per_step = run.config, 1 if phase == "offline" else run.config.utd_ratio
     while getattr(run, phase) < num_steps:
         begin, done = time.time(), getattr(run, phase)
         size = min(config.log_interval - done % config.log_interval, num_steps - done)
@@ -1357,7 +1365,8 @@ def train(run, phase, chunk, num_steps, received, unit=1):
         done += size
         setattr(run, phase, done)
         seconds = time.time() - begin
-        updates = size * per_step * config.num_seeds if "actor_loss" in values else 0
+        learnt = phase == "offline" or "actor_loss" in values  # not while warming up
+        updates = size * per_step * config.num_seeds * learnt
         check_finite(run, phase, values)
         values |= {"updates_per_second": np.full(config.num_seeds, updates / seconds),
                    "seconds": np.full(config.num_seeds, seconds)}

@@ -436,7 +436,7 @@ TERMINATIONS = [
     ("walker2d", [1.2, 0.5, 1.0], False), ("walker2d", [2.1, 0.0, 0.0], True),
     ("walker2d", [1.2, -1.1, 0.0], True), ("walker2d", [0.7, 0.0, 0.0], True),
     ("halfcheetah", [0.0, 99.0, 1.0], False), ("halfcheetah", [0.0, -100.0, 1.0], True),
-    ("maze", [1.0, 1.0, 1.3, 1.3], True), ("maze", [1.0, 1.0, 1.4, 1.4], False),
+    ("maze", [1.0, 1.0, 1.3, 1.3], True), ("maze", [1.0, 1.0, 1.33, 1.33], False),
     ("none", [np.inf, 0.0, 0.0], False),
 ]  # fmt: skip
 
@@ -450,12 +450,12 @@ def test_terminations_are_the_environments(rule, x, ends, uni_o4):
 # --------------------------------------------------------------------------------------------- Gate
 
 
-def ask_with(script, config, state, monkeypatch, values):
-    """One query where AM-Q gives the candidates `values`, and the references what they had."""
+def ask_with(script, config, state, monkeypatch, values, incumbents=(0.0, 0.0, 0.0)):
+    """One query where AM-Q gives the candidates `values`, and the references `incumbents`."""
 
     def scores(state, params, starts, key, config):
         same = jax.tree.leaves(params)[0] is jax.tree.leaves(state.references)[0]
-        return jnp.array([0.0, 0.0, 0.0]) if same else jnp.array(values), jnp.ones(3)
+        return jnp.array(incumbents if same else values), jnp.ones(3)
 
     monkeypatch.setattr(script, "amq_scores", scores)
     return script.query_one_seed(state, batch_of(script, 0), config)
@@ -471,7 +471,8 @@ def test_the_gate_moves_the_references_of_winners_only(uni_o4, monkeypatch):
         jax.tree.map(np.testing.assert_array_equal, member(new.references, i), member(source, i))
     jax.tree.map(np.testing.assert_array_equal, new.members.params, state.members.params)
     jax.tree.map(np.testing.assert_array_equal, new.actor.params, member(new.references, 0))
-    again, found = ask_with(uni_o4, config, new, monkeypatch, [1.0, 0.2, 0.4])  # a tie, a win, less
+    again, found = ask_with(uni_o4, config, new, monkeypatch, [1.0, 0.2, 0.4],
+                            (1.0, 0.0, 0.5))  # a tie, a win, less
     np.testing.assert_array_equal(found["accepted"], [0, 1, 0])
     np.testing.assert_array_equal(again.accepted, [1, 1, 1])
 
@@ -484,7 +485,7 @@ def test_gates_without_amq(gate, won, uni_o4, monkeypatch):
 
 
 def test_the_margin_is_relative(uni_o4, monkeypatch):
-    config = uni_o4.Config(**SMALL, amq_margin=0.1)
+    config = uni_o4.Config(**SMALL, amq_margin=0.1, amq_paired=False)  # keeps scores
     scores = jnp.array([10.0, -10.0, 1.0])
     state = agent(uni_o4, config).replace(queries=jnp.array(1), scores=scores)
     _, found = ask_with(uni_o4, config, state, monkeypatch, [10.9, -8.9, 1.2])
@@ -492,7 +493,7 @@ def test_the_margin_is_relative(uni_o4, monkeypatch):
 
 
 def test_paired_queries_give_equal_policies_equal_scores(uni_o4):
-    """And at every query the same; unpaired ones differ."""
+    """Every query anew; unpaired ones differ."""
     found = {}
     for paired in (True, False):
         config = uni_o4.Config(**SMALL, amq_paired=paired)
@@ -502,7 +503,8 @@ def test_paired_queries_give_equal_policies_equal_scores(uni_o4):
         for _ in range(2):
             state, info = uni_o4.query_one_seed(state, jax.device_put(batch_of(uni_o4, 0)), config)
             found.setdefault(paired, []).append(np.asarray(info["amq"]))
-    assert len({float(x) for row in found[True] for x in row}) == 1
+    assert [len({float(x) for x in row}) for row in found[True]] == [1, 1]
+    assert found[True][0][0] != found[True][1][0]
     assert len({float(x) for row in found[False] for x in row}) == 6
 
 
@@ -513,6 +515,22 @@ def test_an_exploding_model_halves_the_horizon_and_scores_begin_anew(uni_o4, mon
     monkeypatch.setattr(uni_o4, "amq_scores", lambda *a: (scores(*a)[0], growth))
     new, _ = uni_o4.query_one_seed(state, jax.device_put(batch_of(uni_o4, 0)), config)
     assert (int(new.horizon), int(new.queries)) == (3, 0)
+    same = partial(jax.tree.map, np.testing.assert_array_equal)
+    same((new.references, new.actor.params), (state.references, state.actor.params))
+
+
+def test_a_model_that_never_saw_an_epoch_is_judged_at_its_end(uni_o4):
+    """A stage shorter than an epoch leaves a trained model, not the one it began with."""
+    config = uni_o4.Config(**SMALL, dynamics_steps=5)
+    state = created(uni_o4, config)
+    before = state.best_models
+    state = jax.tree.map(lambda x: jnp.asarray(x)[None], state)
+    dataset = jax.device_put(linear_rows(uni_o4))
+    state, info = uni_o4.offline_updates(state, dataset, "dynamics", config, 5)
+    assert (state.best_errors < 1e8).all()
+    assert not any(jax.tree.leaves(jax.tree.map(
+        lambda x, y: np.array_equal(x[0], y), state.best_models["params"]["Dense_0"],
+        before["params"]["Dense_0"])))  # fmt: skip
 
 
 def test_ranking_counts_pairs(uni_o4):
@@ -679,6 +697,87 @@ def test_the_online_v_begins_as_the_offline_one(uni_o4):
     assert not any(x.any() for x in jax.tree.leaves(new.actor.opt_state))
 
 
+@pytest.fixture(scope="module")
+def finished(reused, flags, tmp_path_factory):
+    """Folder of a run of both phases."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert go(reused, folder, flags).code == 0
+    return folder / "run"
+
+
+def test_fine_tuning_goes_on_from_a_finished_agent_with_fresh_optimisers(
+    reused, flags, finished, tmp_path, monkeypatch
+):
+    """It plays the saved policy and V; the learning rate starts anew; another key."""
+    seen = []
+    start = reused.start_on_policy
+    monkeypatch.setattr(reused, "start_on_policy",
+                        lambda run, saved=None: (seen.append(run.shards[0]), start(run, saved)))
+    done = go(reused, tmp_path, [*flags, "--init-from", str(finished)])
+    assert done.code == 0 and {phase for phase, _ in done.logged} == {"online"}
+    with np.load(finished / "checkpoint.npz") as saved:
+        for name in ("actor", "value"):
+            tree = reused.named_arrays(getattr(seen[0], name).params, f"state/{name}/params")
+            for leaf, value in tree.items():
+                np.testing.assert_array_equal(value, saved[leaf])
+        assert not np.array_equal(seen[0].key, saved["state/key"])
+    assert not any(np.asarray(x).any() for x in jax.tree.leaves(seen[0].actor.opt_state))
+
+
+def test_only_the_improvement_is_made_again(reused, flags, finished, tmp_path):
+    """With the same settings it ends as the run that it was taken from; a gate that never opens
+    leaves the references what they were."""
+    folder = tmp_path / "again"
+    folder.mkdir()
+    wanted = [*flags, "--supervised-from", str(finished), "--stages", "offline"]
+    done = go(reused, folder, [*wanted, "--gate", "never"])
+    assert done.code == 0
+    assert done.logged[0] == ("offline", 200)  # improvement alone, from the 180th update on
+    one, other = (np.load(f / "checkpoint.npz") for f in (finished, folder / "run"))
+    clones = [name for name in one.files if name.startswith("state/clones/params")]
+    assert clones
+    for name in clones:
+        np.testing.assert_array_equal(one[name], other[name])
+        reference = name.replace("state/clones/params", "state/references")
+        np.testing.assert_array_equal(other[reference], one[name])
+
+
+REFUSALS = {
+    "another activation": (["--activation", "tanh"], "--activation"),
+    "another reward scale": (["--reward-scale", "0.5"], "--reward-scale"),
+    "nothing to do": (["--stages", "offline"], "nothing is left"),
+    "other supervised stages": (
+        ["--supervised-from", "{}", "--critic-steps", "80"], "critic_steps"),
+    "another script's": (["--stages", "online,offline,online"], "ppo.py"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_what_does_not_fit_a_checkpoint_is_refused(case, reused, flags, finished, tmp_path):
+    extra, text = REFUSALS[case]
+    if case == "another script's":
+        flags = ["--preset", "smoke", "--env-id", "Pendulum-v1", "--resume", "run"]
+    extra = [word.format(finished) for word in extra]
+    if "--supervised-from" not in extra:
+        extra += ["--init-from", str(finished)]
+    done = go(reused, tmp_path, [*flags, *extra])
+    assert done.code == 2 and text in done.err
+    assert not (tmp_path / "run").exists()
+
+
+SIZES = {
+    "--rollout-steps": ["--rollout-steps", "100"], "--amq-starts": ["--amq-starts", "33"],
+    "--num-elites": ["--num-elites", "4", "--amq-starts", "32"],
+    "--dynamics-steps": ["--dynamics-steps", "0"], "--termination": ["--termination", "never"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("flag", SIZES)
+def test_sizes_that_do_not_fit_are_refused(flag, reused, flags, tmp_path):
+    done = go(reused, tmp_path, [*flags, *SIZES[flag]])
+    assert done.code == 2 and flag in done.err and done.err.count("\n") == 1
+
+
 def test_online_offline_online_in_one_command(uni_o4, tmp_path):
     """Pre-trained in the plain world, collected and improved in the shifted one; killed anywhere,
     the run goes on to the same bits."""
@@ -690,7 +789,7 @@ def test_online_offline_online_in_one_command(uni_o4, tmp_path):
         for name in ("whole", "killed"):
             (tmp_path / name).mkdir()
         assert go(script, tmp_path / "whole", flags).code == 0
-        for call, count in (("improve_policies", 2), ("collect_dataset", 1), ("query", 1)):
+        for call, count in (("improve_policies", 2), ("prepare_offline", 1), ("query", 1)):
             with pytest.raises(Killed), on_call(script, call, count, die):
                 go(script, tmp_path / "killed", flags)
         assert go(script, tmp_path / "killed", flags).code == 0
