@@ -16,7 +16,8 @@ out in a learned model (AM-Q). Online, PPO goes on with the chosen policy and th
                  rho = pi(a | s) / pi_k(a | s), a ~ pi_k(s), A = min_k Q_k(s, a) - V(s), normalised
     AM-Q         J(pi)   = E[ sum_t min_k Q_k(s_t, pi(s_t)) ] over `horizon` steps in the model; the
                  reference pi_k becomes pi where J(pi) > J(pi_k), asked every amq_interval updates
-    online       PPO, as in ppo.py, from the member with the highest J and from V
+    actor        L_pi    = the same with online samples and GAE, from the member with the highest J
+    value        L_V     = E[ (V(s) - (A + V_old(s)))^2 ] online, from the offline V; see ppo.py
 
     python algorithms/uni_o4.py                                    # offline,online
     python algorithms/uni_o4.py --stages offline --dataset mujoco/hopper/medium-v0

@@ -712,7 +712,8 @@ def test_fine_tuning_goes_on_from_a_finished_agent_with_fresh_optimisers(
     seen = []
     start = reused.start_on_policy
     monkeypatch.setattr(reused, "start_on_policy",
-                        lambda run, saved=None: (seen.append(run.shards[0]), start(run, saved)))
+                        lambda run, saved=None: (seen.append(jax.device_get(run.shards[0])),
+                                                  start(run, saved)))
     done = go(reused, tmp_path, [*flags, "--init-from", str(finished)])
     assert done.code == 0 and {phase for phase, _ in done.logged} == {"online"}
     with np.load(finished / "checkpoint.npz") as saved:
