@@ -9,7 +9,7 @@ pre-trained policies, and the worlds that differ from the one they were trained 
     Schulman et al.: High-Dimensional Continuous Control Using Generalized Advantage Estimation,
     arXiv 1506.02438
 
-    advantage    A_t     = sum_k (discount * gae_lambda)^k delta_{t+k}, up to the episode's end
+    advantages   A_t     = sum_k (discount * gae_lambda)^k delta_{t+k}, up to the episode's end
                  delta_t = r_t + discount * masks_t * V(s'_t) - V(s_t)
     actor        L_pi    = -E[ min(rho * A, clip(rho, 1 - clip_ratio, 1 + clip_ratio) * A) ]
                            - entropy_weight * E[ entropy of pi(. | s) ]
