@@ -278,7 +278,7 @@ BUGS = {
                     "amq_"),
     "uni-worst-models": (UNI, "elites = jnp.argsort(state.best_errors)",
                          "elites = jnp.argsort(-state.best_errors)", ON_POLICY, "elite"),
-    "uni-gate-upside-down": (UNI, "better = scores > incumbent +", "better = scores < incumbent +",
+    "uni-gate-upside-down": (UNI, "better = (scores > incumbent", "better = (scores < incumbent",
                              ON_POLICY, "gate or margin"),
     "uni-all-move": (
         UNI, ("references = jax.tree.map(partial(where_member, better), state.members.params, "
