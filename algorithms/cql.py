@@ -133,7 +133,7 @@ class Config:
     warmup_steps: int = 0  # environment steps before the first online update
     # SAC
     num_critics: int = 2  # Q-functions
-    target_critics: int = 2  # of them, drawn anew in every update: their minimum is the target
+    target_critics: int = 2  # of them, drawn anew for every target: their minimum counts
     layer_norm: bool = False  # in critics and policy
     entropy_per_action: float = -1.0  # target entropy (nats) per action dimension
     # CQL

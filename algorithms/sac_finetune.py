@@ -141,7 +141,7 @@ class Config:
     warmup_steps: int | None = None  # environment steps before the first online update; see MODES
     # SAC
     num_critics: int = 2  # Q-functions
-    target_critics: int = 2  # of them, drawn anew in every update: their minimum is the target
+    target_critics: int = 2  # of them, drawn anew for every target: their minimum counts
     layer_norm: bool = False  # in critics and policy
     entropy_per_action: float = -1.0  # target entropy (nats) per action dimension
     # Fine-tuning

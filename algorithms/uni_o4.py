@@ -216,8 +216,8 @@ class Config:
 
 
 CODE = dict(  # where the authors' code differs from their paper
-    amq="mean", amq_paired=False, gate="amq", diversity="heuristic", deploy="last",
-    squash_std_twice=True, value_clip=0.05,
+    amq="mean", amq_paired=False, diversity="heuristic", deploy="last", squash_std_twice=True,
+    value_clip=0.05,
 )  # fmt: skip
 PRESETS = {
     "hopper": dict(normalize_observations=True, reward_scale=0.1),
@@ -259,8 +259,7 @@ PRESETS["smoke"] = PRESETS["hopper"] | dict(
     improvement_steps=200, online_steps=256, eval_interval=100, eval_episodes=1, log_interval=50,
     batch_size=64, hidden_dims=(32, 32), critic_hidden_dims=(32, 32), value_hidden_dims=(32, 32),
     num_members=2, num_models=3, num_elites=2, model_hidden_dims=(32, 32), amq_interval=50,
-    amq_starts=32, horizon=20, rollout_steps=128,
-    minibatch_size=32, epochs=2,
+    amq_starts=32, horizon=20, rollout_steps=128, minibatch_size=32, epochs=2,
 )  # fmt: skip
 
 RANGES = {  # smallest and largest accepted value
@@ -405,14 +404,15 @@ class BoundedGaussianPolicy(nn.Module):
 
     @nn.compact
     def __call__(self, observations):
-        features = MLP(self.hidden_dims, activation=getattr(nn, self.activation))(observations)
+        activation = getattr(nn, self.activation)
+        features = MLP(self.hidden_dims, activation=activation)(observations)  # (B, H)
         small = nn.initializers.variance_scaling(1e-4, "fan_in", "normal")
         mean = nn.tanh(nn.Dense(self.action_dim, kernel_init=small)(features))  # (B, A)
         start = np.arctanh((np.log(self.initial_std) + 5.0) / 2.5 - 1.0)
         bias = nn.initializers.constant(start)
-        u = nn.tanh(nn.Dense(self.action_dim, kernel_init=small, bias_init=bias)(features))
-        u = nn.tanh(u) if self.squash_twice else u  # (B, A)
-        return distrax.MultivariateNormalDiag(mean, jnp.exp(-5.0 + 2.5 * (u + 1.0)))  # (B, A)
+        u = nn.Dense(self.action_dim, kernel_init=small, bias_init=bias)(features)  # (B, A)
+        u = nn.tanh(nn.tanh(u)) if self.squash_twice else nn.tanh(u)  # (B, A)
+        return distrax.MultivariateNormalDiag(mean, jnp.exp(-5.0 + 2.5 * (u + 1.0)))
 
 
 class DynamicsModel(nn.Module):
@@ -424,12 +424,13 @@ class DynamicsModel(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        for width in self.hidden_dims:
+        def dense(width, x):
             init = nn.initializers.truncated_normal(0.5 / np.sqrt(x.shape[-1]))
-            x = nn.swish(nn.Dense(width, kernel_init=init)(x))  # (B, width)
-        init = nn.initializers.truncated_normal(0.5 / np.sqrt(x.shape[-1]))
-        x = nn.Dense(2 * self.num_outputs, kernel_init=init)(x)
-        mean, log_var = jnp.split(x, 2, axis=-1)  # (B, O + 1)
+            return nn.Dense(width, kernel_init=init)(x)
+
+        for width in self.hidden_dims:
+            x = nn.swish(dense(width, x))  # (B, width)
+        mean, log_var = jnp.split(dense(2 * self.num_outputs, x), 2, axis=-1)  # (B, O + 1)
         high = self.param("high", nn.initializers.constant(0.5), (self.num_outputs,))
         low = self.param("low", nn.initializers.constant(-10.0), (self.num_outputs,))
         log_var = high - nn.softplus(high - log_var)  # (B, O + 1)
@@ -535,7 +536,8 @@ def clipped_adam(learning_rate, config):
 
 
 # ----------------------------------------------------------------------------------------- Losses
-# Each takes first the parameters it differentiates, and returns (loss, metrics).
+# Each takes first the parameters it differentiates, and returns (loss, metrics). N counts the
+# members here, K the critics, M the models.
 
 
 def cloning_loss(params, state, batch, key, config):
@@ -553,20 +555,20 @@ def cloning_loss(params, state, batch, key, config):
     num_members = len(log_prob)
     own = jnp.eye(num_members, dtype=bool)[:, :, None]  # (N, N, 1)
     others = jnp.where(own, -jnp.inf, log_prob)  # (N, N, B)
-    best_other, stop = others.max(axis=1), jax.lax.stop_gradient  # (N, B)
+    best_other = others.max(axis=1)  # (N, B)
     weight = config.diversity_weight if num_members > 1 else 0.0
     if config.diversity == "specialise":  # who is best at a row learns more from it
         gain = jnp.where(log_prob >= best_other, weight, -weight)  # (N, B)
-        loss = -(1.0 + stop(gain)) * log_prob  # (N, B)
+        loss = -(1.0 + gain) * log_prob  # (N, B)
     elif config.diversity == "kl":
-        nearest = stop(others.argmax(axis=1))  # (N, B)
-        loss = -log_prob - weight * jnp.minimum(pairwise_kl(mean, std, nearest), 10.0)
+        kl = pairwise_kl(mean, std, others.argmax(axis=1))  # (N, B)
+        loss = -log_prob - weight * jnp.minimum(kl, 10.0)  # (N, B)
     elif config.diversity == "joint":
-        loss = -log_prob - weight * (log_prob - log_prob.max(axis=0))
+        loss = -log_prob - weight * (log_prob - log_prob.max(axis=0))  # (N, B)
     elif config.diversity == "heuristic":  # no gradient in the second term: plain cloning
-        loss = -log_prob - weight * (log_prob - stop(best_other))
+        loss = -log_prob - weight * (log_prob - jax.lax.stop_gradient(best_other))  # (N, B)
     else:
-        loss = -log_prob
+        loss = -log_prob  # (N, B)
     rows = batch.mc_returns / jnp.maximum(batch.mc_returns.mean(), 1e-9)  # (B,)
     return (loss * rows).mean(axis=1).sum(), {"cloning_loss": -(log_prob * rows).mean()}
 
@@ -575,17 +577,18 @@ def pairwise_kl(mean, std, nearest):
     """KL (N, B) of each member, a Gaussian (N, B, A), from another one, chosen per row by nearest
     (N, B), without the other's gradient; summed over action dimensions."""
     chosen = nearest[..., None]  # (N, B, 1)
-    other_mean = jax.lax.stop_gradient(jnp.take_along_axis(mean, chosen, axis=0))
-    other_std = jax.lax.stop_gradient(jnp.take_along_axis(std, chosen, axis=0))
-    ratio = (std / other_std) ** 2
-    return 0.5 * (ratio + ((mean - other_mean) / other_std) ** 2 - 1 - jnp.log(ratio)).sum(axis=-1)
+    other_mean = jax.lax.stop_gradient(jnp.take_along_axis(mean, chosen, axis=0))  # (N, B, A)
+    other_std = jax.lax.stop_gradient(jnp.take_along_axis(std, chosen, axis=0))  # (N, B, A)
+    ratio = (std / other_std) ** 2  # (N, B, A)
+    distance = ((mean - other_mean) / other_std) ** 2  # (N, B, A)
+    return 0.5 * (ratio + distance - 1 - jnp.log(ratio)).sum(axis=-1)
 
 
 def expectile_loss(params, state, batch, key, config):
     """IQL's V: an upper expectile of the target Q of dataset actions."""
     q = state.critic.apply_fn(state.target_critic_params, batch.observations, batch.actions)
     v = state.offline_value.apply_fn(params, batch.observations)  # (B,)
-    u = q.min(axis=0) - v  # (B,), q is (N, B)
+    u = q.min(axis=0) - v  # (B,), q is (K, B)
     weight = jnp.abs(config.expectile - (u < 0))  # (B,), |expectile - 1(u < 0)|
     loss = (weight * u**2).mean()
     return loss, {"expectile_loss": loss}
@@ -593,9 +596,10 @@ def expectile_loss(params, state, batch, key, config):
 
 def critic_loss(params, state, batch, key, config):
     """IQL's Q: regression on r + discount * V(s'), summed over critics."""
-    next_v = state.offline_value.apply_fn(state.offline_value.params, batch.next_observations)
+    v = state.offline_value
+    next_v = v.apply_fn(v.params, batch.next_observations)  # (B,)
     target_q = batch.rewards + config.discount * batch.masks * next_v  # (B,)
-    q = state.critic.apply_fn(params, batch.observations, batch.actions)  # (N, B)
+    q = state.critic.apply_fn(params, batch.observations, batch.actions)  # (K, B)
     loss = ((q - target_q[None]) ** 2).mean(axis=1).sum()
     return loss, {"critic_loss": loss, "q": q.mean()}
 
@@ -620,7 +624,7 @@ def dynamics_loss(params, state, batch, key, config):
     a penalty on weights, layer by layer, and one that draws the log-variance's bounds together."""
     inputs = model_inputs(state, batch.observations, batch.actions)  # (M, B, O + A)
     mean, log_var = jax.vmap(state.dynamics.apply_fn)(params, inputs)  # (M, B, O + 1)
-    error = (mean - model_targets(batch)) ** 2 * jnp.exp(-log_var)
+    error = (mean - model_targets(batch)) ** 2 * jnp.exp(-log_var)  # (M, B, O + 1)
     loss = (error + log_var).mean(axis=(1, 2)).sum()
     tree = params["params"]
     bounds = 0.01 * (tree["high"].sum() - tree["low"].sum())
@@ -638,7 +642,7 @@ def improvement_loss(params, reference_params, state, observations, key, config)
     reference = state.clones.apply_fn(reference_params, observations)
     actions = reference.sample(seed=key)  # (B, A)
     executed = jnp.clip(actions, -1.0, 1.0)  # (B, A)
-    q = state.critic.apply_fn(state.critic.params, observations, executed)  # (N, B)
+    q = state.critic.apply_fn(state.critic.params, observations, executed)  # (K, B)
     v = state.offline_value.apply_fn(state.offline_value.params, observations)  # (B,)
     raw = q.min(axis=0) - v  # (B,)
     advantage = (raw - raw.mean()) / (raw.std() + 1e-10)  # (B,)
@@ -738,8 +742,9 @@ def fit_dynamics(state, dataset, config):
 def judge_models(state, dataset, config):
     """Keep the parameters of every model whose hold-out error has fallen by more than 1 %."""
     held = jax.tree.map(lambda x: x[: holdout_rows(dataset)], dataset)
-    inputs = model_inputs(state, held.observations, held.actions)
-    means, _ = jax.vmap(state.dynamics.apply_fn, (0, None))(state.dynamics.params, inputs)
+    inputs = model_inputs(state, held.observations, held.actions)  # (B, O + A)
+    predict = jax.vmap(state.dynamics.apply_fn, (0, None))
+    means, _ = predict(state.dynamics.params, inputs)  # (M, B, O + 1)
     errors = ((means - model_targets(held)) ** 2).mean(axis=(1, 2))  # (M,)
     better = errors < 0.99 * state.best_errors  # (M,)
     keep = partial(where_member, better)
@@ -787,7 +792,7 @@ def amq_scores(state, params, starts, key, config):
     def one_policy(params, starts, key):
         def q_and_action(x):
             action = jnp.clip(state.clones.apply_fn(params, x).mean(), -1.0, 1.0)  # (P, A)
-            q = state.critic.apply_fn(state.critic.params, x, action)  # (N, P)
+            q = state.critic.apply_fn(state.critic.params, x, action)  # (K, P)
             return q.min(axis=0), action
 
         def model_step(x, action, key):
@@ -869,8 +874,8 @@ def begin_offline(state, dataset, transform, config):
     """What the offline phase needs of one seed's dataset: the model's input scale, and the
     transform. Members that were pre-trained online start from that policy."""
     x = jnp.concatenate([dataset.observations, dataset.actions], axis=1)  # (B, O + A)
-    x = x[holdout_rows(dataset) :]
-    std = x.std(axis=0)
+    x = x[holdout_rows(dataset) :]  # the rows that the model is trained on
+    std = x.std(axis=0)  # (O + A,)
     state = state.replace(
         input_mean=x.mean(axis=0), input_std=jnp.where(std < 1e-12, 1.0, std),
         observation_mean=transform[0], observation_std=transform[1],
@@ -924,7 +929,7 @@ def generalised_advantages(state, rollout, ends, config):
 
     def step(following, inputs):
         delta, end = inputs  # (E,), (E,)
-        advantage = delta + config.discount * config.gae_lambda * (1.0 - end) * following
+        advantage = delta + config.discount * config.gae_lambda * (1.0 - end) * following  # (E,)
         return advantage, advantage
 
     _, advantages = jax.lax.scan(step, jnp.zeros_like(deltas[0]), (deltas, ends), reverse=True)
@@ -950,7 +955,8 @@ def value_loss(params, state, batch, key, config):
     v = state.value.apply_fn(params, batch.observations)  # (B,)
     errors = (v - batch.returns) ** 2  # (B,)
     if config.value_clip > 0:
-        near = batch.values + jnp.clip(v - batch.values, -config.value_clip, config.value_clip)
+        change = jnp.clip(v - batch.values, -config.value_clip, config.value_clip)  # (B,)
+        near = batch.values + change  # (B,)
         errors = jnp.maximum(errors, (near - batch.returns) ** 2)  # (B,)
     return errors.mean(), {"value_loss": errors.mean(), "v": v.mean()}
 
@@ -1735,6 +1741,7 @@ def ask(run, step):
             rows = [row for row in csv.DictReader(file) if int(row["step"]) < step]
     for i, j in np.ndindex(*returns.shape):
         rows.append({"step": step, "seed": run.config.seed + i, "member": j,
+                     "horizon": int(horizon[i]),
                      "amq": found["amq"][i, j], "amq_incumbent": found["amq_incumbent"][i, j],
                      "accepted": int(found["accepted"][i, j]), "return": returns[i, j]})
     try:
@@ -1750,7 +1757,9 @@ def ask(run, step):
     values = {"amq": found["amq"].mean(1), "amq_incumbent": found["amq_incumbent"].mean(1),
               "accepted": won.mean(1), "horizon": found["horizon"]}  # fmt: skip
     if run.config.true_scores:
-        shares = [ranking([row for row in rows if int(row["seed"]) == seed]) for seed in seeds]
+        shares = [ranking([row for row in rows if int(row["seed"]) == seed
+                           and int(row["horizon"]) == horizon[i]])
+                  for i, seed in enumerate(seeds)]  # fmt: skip
         values |= {"members_return": returns.mean(1), "ranking": np.array(shares)}
     return values
 

@@ -238,14 +238,15 @@ class BoundedGaussianPolicy(nn.Module):
 
     @nn.compact
     def __call__(self, observations):
-        features = MLP(self.hidden_dims, activation=getattr(nn, self.activation))(observations)
+        activation = getattr(nn, self.activation)
+        features = MLP(self.hidden_dims, activation=activation)(observations)  # (B, H)
         small = nn.initializers.variance_scaling(1e-4, "fan_in", "normal")
         mean = nn.tanh(nn.Dense(self.action_dim, kernel_init=small)(features))  # (B, A)
         start = np.arctanh((np.log(self.initial_std) + 5.0) / 2.5 - 1.0)
         bias = nn.initializers.constant(start)
-        u = nn.tanh(nn.Dense(self.action_dim, kernel_init=small, bias_init=bias)(features))
-        u = nn.tanh(u) if self.squash_twice else u  # (B, A)
-        return distrax.MultivariateNormalDiag(mean, jnp.exp(-5.0 + 2.5 * (u + 1.0)))  # (B, A)
+        u = nn.Dense(self.action_dim, kernel_init=small, bias_init=bias)(features)  # (B, A)
+        u = nn.tanh(nn.tanh(u)) if self.squash_twice else nn.tanh(u)  # (B, A)
+        return distrax.MultivariateNormalDiag(mean, jnp.exp(-5.0 + 2.5 * (u + 1.0)))
 
 
 # ------------------------------------------------------------------------------------ Agent state
@@ -320,7 +321,7 @@ def generalised_advantages(state, rollout, ends, config):
 
     def step(following, inputs):
         delta, end = inputs  # (E,), (E,)
-        advantage = delta + config.discount * config.gae_lambda * (1.0 - end) * following
+        advantage = delta + config.discount * config.gae_lambda * (1.0 - end) * following  # (E,)
         return advantage, advantage
 
     _, advantages = jax.lax.scan(step, jnp.zeros_like(deltas[0]), (deltas, ends), reverse=True)
@@ -346,7 +347,8 @@ def value_loss(params, state, batch, key, config):
     v = state.value.apply_fn(params, batch.observations)  # (B,)
     errors = (v - batch.returns) ** 2  # (B,)
     if config.value_clip > 0:
-        near = batch.values + jnp.clip(v - batch.values, -config.value_clip, config.value_clip)
+        change = jnp.clip(v - batch.values, -config.value_clip, config.value_clip)  # (B,)
+        near = batch.values + change  # (B,)
         errors = jnp.maximum(errors, (near - batch.returns) ** 2)  # (B,)
     return errors.mean(), {"value_loss": errors.mean(), "v": v.mean()}
 

@@ -91,3 +91,13 @@ def rlpd():
 @pytest.fixture(scope="session")
 def bc():
     return load_script("baselines/bc.py")
+
+
+@pytest.fixture(scope="session")
+def uni_o4():
+    return load_script("algorithms/uni_o4.py")
+
+
+@pytest.fixture(scope="session")
+def ppo():
+    return load_script("baselines/ppo.py")

@@ -293,17 +293,29 @@ BUGS = {
                                "minval=0, maxval=num_rows", ON_POLICY, "holdout"),
     "uni-last-models": (UNI, "better = errors < 0.99 * state.best_errors",
                         "better = errors < jnp.inf", ON_POLICY, "keeps_the_best"),
-    "uni-diversity-attached": (UNI, "loss = -log_prob - weight * (log_prob - stop(best_other))",
-                               "loss = -log_prob - weight * (log_prob - best_other)", ON_POLICY,
+    "uni-diversity-attached": (UNI, "jax.lax.stop_gradient(best_other)", "best_other", ON_POLICY,
                                "plain_cloning"),
+    "uni-kl-attached": (
+        UNI, "jax.lax.stop_gradient(jnp.take_along_axis(mean, chosen, axis=0))",
+        "jnp.take_along_axis(mean, chosen, axis=0)", ON_POLICY, "kl_moves"),
+    "qr-batched": (
+        RLPD, "    return jax.custom_batching.sequential_vmap(draw)(key)", "    return draw(key)",
+        FINETUNE, "ten_critics"),
+    "micro-batches-summed": (
+        CQL, "lambda x: x.mean(axis=0), found", "lambda x: x.sum(axis=0), found", FAMILY,
+        ONLY_CQL.format("micro_batches")),
+    "q-of-the-wrong-row": (
+        CQL, ".reshape(-1, *actions.shape[:2])",
+        ".reshape(-1, *actions.shape[1::-1]).swapaxes(1, 2)", FAMILY,
+        ONLY_CQL.format("papers")),
     "uni-collected-across-environments": (
         UNI, "np.stack([r[n] for r in rows], axis=1)", "np.stack([r[n] for r in rows], axis=0)",
         ON_POLICY, "one_command"),
     "uni-v-not-handed-over": (UNI, "state.replace(value=state.value.replace(params=params))",
                               "state", ON_POLICY, "online_v_begins"),
-    "std-squashed-twice": (PPO, "u = nn.tanh(u) if self.squash_twice else u", "u = nn.tanh(u)",
+    "std-squashed-twice": (PPO, "if self.squash_twice else nn.tanh(u)", "",
                            ON_POLICY, "std_asked"),
-    "uni-std-squashed-twice": (UNI, "u = nn.tanh(u) if self.squash_twice else u", "u = nn.tanh(u)",
+    "uni-std-squashed-twice": (UNI, "if self.squash_twice else nn.tanh(u)", "",
                                ON_POLICY, "std_is_bounded"),
     "gae-across-episodes": (PPO, "(1.0 - end) * following", "following", ON_POLICY, "gae and ppo"),
     "gae-time-limit": (PPO, "config.discount * rollout.masks * next_values",
@@ -313,11 +325,9 @@ BUGS = {
                                "v_regresses and ppo"),
     "ppo-clip-side": (PPO, "jnp.minimum(ratio * batch.advantages",
                       "jnp.maximum(ratio * batch.advantages", ON_POLICY, "ppo_losses and ppo"),
-    "ppo-value-clip-relative": (
-        PPO, ("near = batch.values + jnp.clip(v - batch.values, -config.value_clip, "
-        "config.value_clip)"),
-        ("near = batch.values * jnp.clip(v / batch.values, 1 - config.value_clip, "
-        "1 + config.value_clip)"), ON_POLICY, "ppo_losses and ppo"),
+    "ppo-value-clip-relative": (PPO, "near = batch.values + change",
+                                "near = batch.values * (1 + change)", ON_POLICY,
+                                "ppo_losses and ppo"),
     "shift-without-inertia": (PPO, "        model.body_inertia[:] *= mass\n", "", ON_POLICY,
                               "shifted"),
     "delay-over-a-reset": (

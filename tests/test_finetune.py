@@ -1,12 +1,15 @@
 """sac_finetune.py, rlpd.py and bc.py: their losses and updates against NumPy, the four modes at the
 switch, what a batch is made of, and agents taken over from other scripts."""
 
+import subprocess
+import sys
 from functools import partial
 
 import jax
 import numpy as np
 import pytest
 import test_cql
+from conftest import ROOT
 from test_cql import actor_of, batch_with_returns, critic_of, squashed, temperature_of
 from test_learning import bandit_rows, best_action, first, one_agent
 from test_losses import (
@@ -436,3 +439,19 @@ def test_bc_has_no_online_phase(arguments, bc, pendulum, tmp_path):
     flags = ["--dataset", str(pendulum), "--env-id", "Pendulum-v1", "--preset", "smoke"]
     done = go(bc, tmp_path, [*flags, *arguments])
     assert done.code == 2 and len(done.err.splitlines()) == 1
+
+
+def test_ten_critics_are_made_and_not_waited_for_for_ever():
+    """A process of its own, for a hang in XLA ends no other way: its batched QR waited for itself
+    on two cores. The published sizes, as small ones do not hang."""
+    code = """
+import sys
+sys.path.insert(0, "baselines")
+import rlpd
+rlpd.use_all_cores(1)
+shards = rlpd.create_shards(rlpd.Config(), 11, 3, rlpd.seed_devices(1))
+print(shards[0].critic.params["params"]["VmapCritic_0"]["ScalarHead_0"]["bias"].shape)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                          timeout=120)  # fmt: skip
+    assert done.stdout.strip() == "(1, 10)", done.stderr

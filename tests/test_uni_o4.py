@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import load_script
 from test_losses import OBS, A, B, batch_of, compiled, dense, gaussian_log_prob, hidden, q_of, v_of
 from test_run import Killed, assert_same_run, die, go, on_call, reused_agents
 
@@ -18,16 +17,6 @@ SMALL = dict(
     model_hidden_dims=(16, 16), num_members=3, num_models=4, num_elites=2, amq_starts=16,
     horizon=7, model_batch_size=8, improvement_steps=10_000,
 )  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def uni_o4():
-    return load_script("algorithms/uni_o4.py")
-
-
-@pytest.fixture(scope="session")
-def ppo():
-    return load_script("baselines/ppo.py")
 
 
 @lru_cache
@@ -156,6 +145,25 @@ def test_the_authors_diversity_is_plain_cloning_and_specialising_is_not(uni_o4):
 
 
 # ------------------------------------------------------------------------------------------ Critics
+
+
+def test_the_kl_moves_a_member_away_and_does_not_draw_the_other_after_it(uni_o4):
+    """The gradient of a member is that of its own term, the other one held fixed."""
+    config = uni_o4.Config(**SMALL | dict(num_members=2), diversity="kl", diversity_weight=0.5)
+    state = agent(uni_o4, config)
+    batch = batch_of(uni_o4, 0).replace(mc_returns=np.ones(B, np.float32))
+    found, _ = jax.grad(partial(uni_o4.cloning_loss, config=config), has_aux=True)(
+        state.clones.params, state, batch, None)
+    other = state.clones.apply_fn(member(state.clones.params, 1), batch.observations)
+
+    def own_term(params):
+        policy = state.clones.apply_fn(params, batch.observations)
+        kl = jnp.minimum(policy.kl_divergence(other), 10.0)
+        return -(policy.log_prob(batch.actions) + 0.5 * kl).mean()
+
+    expected = jax.grad(own_term)(member(state.clones.params, 0))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), member(found, 0),
+                 expected)
 
 
 def test_critic_losses_written_out(uni_o4):
