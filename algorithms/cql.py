@@ -1694,7 +1694,7 @@ class Run:
     shards: list  # AgentState per device
     eval_envs: list
     datasets: list  # Batch per device, or None
-    pretrain: int = 0  # environment steps done before the offline phase, where a script has them
+    pretrain: int = 0  # steps or updates done before the offline phase, where a script has them
     offline: int = 0  # updates done
     online: int = 0  # environment steps done, per seed
     log_size: int = 0  # bytes of metrics.csv
@@ -1772,7 +1772,8 @@ def finished_episodes(run):
 
 def train(run, phase, chunk, num_steps, received, unit=1):
     """Chunk by chunk, each a multiple of `unit` steps, up to `num_steps` (or the first multiple
-    above): log, evaluate, save, and answer a signal."""
+    above): log, evaluate, save, and answer a signal. Where the number of updates does not follow
+    from that of the steps, `chunk` gives it as "updates"."""
     config, per_step = run.config, 1 if phase == "offline" else run.config.utd_ratio
     while getattr(run, phase) < num_steps:
         begin, done = time.time(), getattr(run, phase)
@@ -1783,7 +1784,7 @@ def train(run, phase, chunk, num_steps, received, unit=1):
         setattr(run, phase, done)
         seconds = time.time() - begin
         learnt = phase == "offline" or "actor_loss" in values  # not while warming up
-        updates = size * per_step * config.num_seeds * learnt
+        updates = values.pop("updates", size * per_step * config.num_seeds * learnt)
         check_finite(run, phase, values)
         values |= {"updates_per_second": np.full(config.num_seeds, updates / seconds),
                    "seconds": np.full(config.num_seeds, seconds)}

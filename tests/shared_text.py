@@ -15,7 +15,7 @@ MAY_DIFFER = {
     "Config", "PRESETS", "RANGES", "METRICS", "INIT_FROM", "AgentState", "create_agent_state",
     "critic_loss", "actor_loss", "value_loss", "temperature_loss", "conservative_difference",
     "update_step", "online_update", "online_batch", "blank_transition", "store", "sample_action",
-    "mode_actions", "locate", "describe", "main",
+    "mode_actions", "locate", "settle", "describe", "main",
 }  # fmt: skip
 
 
