@@ -405,9 +405,10 @@ def begin_finetuning(state, config):
 
 
 def online_update(state, batch, config):
-    """TD3's update, the policy by --online-loss."""
+    """TD3's update, the policy by the loss that is chosen for the online phase."""
     loss = {"bc": actor_loss, "td3": td3_loss}[config.online_loss]
-    return td3_update(state, batch, config, partial(policy_step, loss_fn=loss))
+    improve = partial(policy_step, loss_fn=loss)
+    return td3_update(state, batch, config, improve)
 
 
 def blank_transition(observation_dim, action_dim):
