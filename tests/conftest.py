@@ -101,3 +101,13 @@ def uni_o4():
 @pytest.fixture(scope="session")
 def ppo():
     return load_script("baselines/ppo.py")
+
+
+@pytest.fixture(scope="session")
+def td3_bc():
+    return load_script("baselines/td3_bc.py")
+
+
+@pytest.fixture(scope="session")
+def td3_c():
+    return load_script("algorithms/td3_c.py")

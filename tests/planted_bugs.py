@@ -17,13 +17,14 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LOSSES, LEARNING, DATA, FAMILY, FINETUNE, ON_POLICY = (
+LOSSES, LEARNING, DATA, FAMILY, FINETUNE, ON_POLICY, TD3 = (
     f"tests/test_{name}.py"
-    for name in ("losses", "learning", "data", "cql", "finetune", "uni_o4"))
+    for name in ("losses", "learning", "data", "cql", "finetune", "uni_o4", "td3"))
 IQL, SAC = "algorithms/iql.py", "baselines/sac.py"
 CQL, CAL, FT = (f"algorithms/{name}.py" for name in ("cql", "cal_ql", "sac_finetune"))
 RLPD, BC, PPO, UNI = (
     "baselines/rlpd.py", "baselines/bc.py", "baselines/ppo.py", "algorithms/uni_o4.py")
+TD3_BC, TD3_C = "baselines/td3_bc.py", "algorithms/td3_c.py"
 ONLY_CQL = "{} and cql and not cal_ql"
 TARGET_Q = "state.critic.apply_fn(state.target_critic_params, batch.observations, batch.actions)\n"
 OWN_Q = "state.critic.apply_fn(state.critic.params, batch.observations, batch.actions)\n"
@@ -335,6 +336,88 @@ BUGS = {
         "self.action_space.dtype)] * self.delay\n"),
         ("        zero = np.zeros(self.action_space.shape, self.action_space.dtype)\n"
         "        self.waiting = self.waiting or [zero] * self.delay\n"), ON_POLICY, "shifted"),
+    # TD3+BC and TD3-C
+    "td3-noise-unclipped": (
+        TD3_BC, "    noise = jnp.clip(noise, -config.noise_clip, config.noise_clip)  # (B, A)\n", "",
+        TD3, "critic_loss"),
+    "td3-target-action-unclipped": (
+        TD3_BC, "next_actions = jnp.clip(next_actions + noise, -1.0, 1.0)",
+        "next_actions = next_actions + noise", TD3, "critic_loss"),
+    "td3-target-of-the-new-policy": (
+        TD3_BC, "state.actor.apply_fn(state.target_actor_params, batch.next_observations)",
+        "state.actor.apply_fn(state.actor.params, batch.next_observations)", TD3, "critic_loss"),
+    "td3-scale-attached": (TD3_BC, "jax.lax.stop_gradient(jnp.abs(q).mean())",
+                           "jnp.abs(q).mean()", TD3, "replayed and BC"),
+    "td3-min-for-pi": (
+        TD3_BC, ("q = state.critic.apply_fn(state.critic.params, batch.observations, actions)[0]"
+        "  # (B,)\n    scale = config.q_weight"),
+        ("q = state.critic.apply_fn(state.critic.params, batch.observations, actions).min(axis=0)"
+        "\n    scale = config.q_weight"), TD3, "actor_losses"),
+    "td3-imitation-summed": (
+        TD3_BC, "imitation = ((actions - batch.actions) ** 2).mean()",
+        "imitation = ((actions - batch.actions) ** 2).sum(axis=-1).mean()", TD3, "actor_losses"),
+    "td3-no-delay": (TD3_BC, "due = critic.step % config.policy_delay == 0", "due = critic.step > 0",
+                     TD3, "replayed and BC"),
+    "td3-pi-with-the-old-q": (
+        TD3_BC, "    state = state.replace(critic=critic, key=key)\n\n    def delayed(state):\n",
+        ("    old, state = state.critic, state.replace(critic=critic, key=key)\n\n"
+        "    def delayed(state):\n        _, state = state, state.replace(critic=old)\n"),
+        TD3, "replayed and BC"),
+    "td3-target-policy-frozen": (
+        TD3_BC, "state.replace(target_actor_params=actor, target_critic_params=critic), info",
+        "state.replace(target_critic_params=critic), info", TD3, "replayed and BC"),
+    "td3-metrics-halved": (TD3_BC, "lambda x: config.policy_delay * x, info", "lambda x: x, info",
+                           TD3, "replayed and BC"),
+    "td3-imitation-goes-on": (TD3_BC, '{"bc": actor_loss, "td3": td3_loss}',
+                              '{"bc": actor_loss, "td3": actor_loss}', TD3, "replayed and online"),
+    "td3-optimisers-never-reset": (TD3_BC, 'config.online_optimizer == "reset"',
+                                   'config.online_optimizer == "new"', TD3, "the_switch and bc"),
+    "td3-old-target-policy-at-the-switch": (
+        TD3_BC, "target_actor_params=jax.tree.map(jnp.copy, params),\n                         ", "",
+        TD3, "the_switch and bc"),
+    "td3-no-switch": (
+        TD3_BC, ("        run.shards = list(map(jax.vmap(partial(begin_finetuning, config=config)), "
+        "run.shards))\n"), "", TD3, "how_far"),
+    "td3-half-is-online": (TD3_BC, 'if config.replay == "half" else 0', 'if config.replay else 0',
+                           TD3, "replay_says and bc"),
+    "td3-no-exploration": (TD3_BC, "jnp.clip(action + noise, -1.0, 1.0)", "action", TD3, "noisy"),
+    "td3-c-price-sign": (TD3_C, "+ price * distance", "- price * distance", TD3, "pays_for"),
+    "td3-c-dual-sign": (TD3_C, "* (epsilon - distance), {}", "* (distance - epsilon), {}", TD3,
+                        "rises_above"),
+    "td3-c-multiplier-attached-to-nothing": (
+        TD3_C, "return new.replace(multiplier=multiplier.replace(params=bounded)), info",
+        "return new, info", TD3, "replayed and C"),
+    "td3-c-reference-is-the-policy": (
+        TD3_C, "reference = reference.get(config.reference, state.reference_params)",
+        "reference = params", TD3, "pays_for"),
+    "td3-c-ema-is-frozen": (
+        TD3_C, '"ema": state.target_actor_params,', '"ema": state.offline_actor_params,', TD3,
+        "pays_for"),
+    "td3-c-dual-at-the-new-policy": (
+        TD3_C, ("    multiplier, _ = gradient_step(state.multiplier, dual_loss, state, "
+        'info["constraint"], config)\n'),
+        ("    _, later = constrained_loss(new.actor.params, new, batch, None, config)\n"
+        "    multiplier, _ = gradient_step(\n"
+        '        state.multiplier, dual_loss, state, later["constraint"], config)\n'),
+        TD3, "replayed and C"),
+    "td3-c-unbounded-multiplier": (TD3_C, "jnp.clip(multiplier.params[\"eta\"], -3.0, 100.0)",
+                                   "multiplier.params[\"eta\"]", TD3, "its_bounds"),
+    "td3-c-a-little-price-at-inf": (
+        TD3_C, "improve = partial(policy_step, loss_fn=td3_loss)",
+        "config = dataclasses.replace(config, epsilon=1e9)", TD3, "to_the_bit"),
+    "td3-c-last-is-best": (TD3_C, "best_return > state.best_return", "best_return > -jnp.inf", TD3,
+                           "best_reference"),
+    "td3-c-best-between-evaluations": (
+        TD3_C, "rows = [row[\"return\"] for row in csv.DictReader(file)][",
+        "rows = [row[\"return\"] for row in csv.DictReader(file) if row[\"return\"]][", TD3,
+        "best_reference"),
+    "td3-c-period-after-the-step": (
+        TD3_C, "take = partial(jnp.where, state.multiplier.step % config.reference_period == 0)",
+        "take = partial(jnp.where, (state.multiplier.step + 1) % config.reference_period == 0)",
+        TD3, "periodic_reference"),
+    "td3-c-old-multiplier-taken-over": (
+        TD3_C, 'for name in ("multiplier", "reference_params", "best_return")',
+        'for name in ("reference_params", "best_return")', TD3, "of_td3_c_is_taken_over"),
 }  # fmt: skip
 
 
