@@ -338,8 +338,8 @@ BUGS = {
         "        self.waiting = self.waiting or [zero] * self.delay\n"), ON_POLICY, "shifted"),
     # TD3+BC and TD3-C
     "td3-noise-unclipped": (
-        TD3_BC, "    noise = jnp.clip(noise, -config.noise_clip, config.noise_clip)  # (B, A)\n", "",
-        TD3, "critic_loss"),
+        TD3_BC, "noise = jnp.clip(noise, -config.noise_clip, config.noise_clip)", "pass", TD3,
+        "critic_loss"),
     "td3-target-action-unclipped": (
         TD3_BC, "next_actions = jnp.clip(next_actions + noise, -1.0, 1.0)",
         "next_actions = next_actions + noise", TD3, "critic_loss"),
@@ -347,7 +347,7 @@ BUGS = {
         TD3_BC, "state.actor.apply_fn(state.target_actor_params, batch.next_observations)",
         "state.actor.apply_fn(state.actor.params, batch.next_observations)", TD3, "critic_loss"),
     "td3-scale-attached": (TD3_BC, "jax.lax.stop_gradient(jnp.abs(q).mean())",
-                           "jnp.abs(q).mean()", TD3, "replayed and BC"),
+                           "jnp.abs(q).mean()", TD3, "replayed and TD3+BC"),
     "td3-min-for-pi": (
         TD3_BC, ("q = state.critic.apply_fn(state.critic.params, batch.observations, actions)[0]"
         "  # (B,)\n    scale = config.q_weight"),
@@ -356,29 +356,31 @@ BUGS = {
     "td3-imitation-summed": (
         TD3_BC, "imitation = ((actions - batch.actions) ** 2).mean()",
         "imitation = ((actions - batch.actions) ** 2).sum(axis=-1).mean()", TD3, "actor_losses"),
-    "td3-no-delay": (TD3_BC, "due = critic.step % config.policy_delay == 0", "due = critic.step > 0",
-                     TD3, "replayed and BC"),
+    "td3-no-delay": (TD3_BC, "due = critic.step % config.policy_delay == 0",
+                     "due = critic.step > 0", TD3, "replayed and TD3+BC"),
     "td3-pi-with-the-old-q": (
-        TD3_BC, "    state = state.replace(critic=critic, key=key)\n\n    def delayed(state):\n",
+        TD3_BC, ("    state = state.replace(critic=critic, key=key)\n\n    def delayed(state):\n"
+        "        state, info = improve(state, batch, config)\n"),
         ("    old, state = state.critic, state.replace(critic=critic, key=key)\n\n"
-        "    def delayed(state):\n        _, state = state, state.replace(critic=old)\n"),
-        TD3, "replayed and BC"),
+        "    def delayed(state):\n"
+        "        state, info = improve(state.replace(critic=old), batch, config)\n"
+        "        state = state.replace(critic=critic)\n"), TD3, "replayed and TD3+BC"),
     "td3-target-policy-frozen": (
         TD3_BC, "state.replace(target_actor_params=actor, target_critic_params=critic), info",
-        "state.replace(target_critic_params=critic), info", TD3, "replayed and BC"),
+        "state.replace(target_critic_params=critic), info", TD3, "replayed and TD3+BC"),
     "td3-metrics-halved": (TD3_BC, "lambda x: config.policy_delay * x, info", "lambda x: x, info",
-                           TD3, "replayed and BC"),
+                           TD3, "replayed and TD3+BC"),
     "td3-imitation-goes-on": (TD3_BC, '{"bc": actor_loss, "td3": td3_loss}',
                               '{"bc": actor_loss, "td3": actor_loss}', TD3, "replayed and online"),
     "td3-optimisers-never-reset": (TD3_BC, 'config.online_optimizer == "reset"',
                                    'config.online_optimizer == "new"', TD3, "the_switch and bc"),
     "td3-old-target-policy-at-the-switch": (
-        TD3_BC, "target_actor_params=jax.tree.map(jnp.copy, params),\n                         ", "",
-        TD3, "the_switch and bc"),
+        TD3_BC, "target_actor_params=jax.tree.map(jnp.copy, params),", "", TD3,
+        "the_switch and bc"),
     "td3-no-switch": (
-        TD3_BC, ("        run.shards = list(map(jax.vmap(partial(begin_finetuning, config=config)), "
-        "run.shards))\n"), "", TD3, "how_far"),
-    "td3-half-is-online": (TD3_BC, 'if config.replay == "half" else 0', 'if config.replay else 0',
+        TD3_BC, "list(map(jax.vmap(partial(begin_finetuning, config=config)), run.shards))",
+        "run.shards", TD3, "how_far"),
+    "td3-online-is-half": (TD3_BC, 'if config.replay == "half" else 0', "if config.replay else 0",
                            TD3, "replay_says and bc"),
     "td3-no-exploration": (TD3_BC, "jnp.clip(action + noise, -1.0, 1.0)", "action", TD3, "noisy"),
     "td3-c-price-sign": (TD3_C, "+ price * distance", "- price * distance", TD3, "pays_for"),
@@ -386,7 +388,7 @@ BUGS = {
                         "rises_above"),
     "td3-c-multiplier-attached-to-nothing": (
         TD3_C, "return new.replace(multiplier=multiplier.replace(params=bounded)), info",
-        "return new, info", TD3, "replayed and C"),
+        "return new, info", TD3, "replayed and TD3-C"),
     "td3-c-reference-is-the-policy": (
         TD3_C, "reference = reference.get(config.reference, state.reference_params)",
         "reference = params", TD3, "pays_for"),
@@ -399,7 +401,7 @@ BUGS = {
         ("    _, later = constrained_loss(new.actor.params, new, batch, None, config)\n"
         "    multiplier, _ = gradient_step(\n"
         '        state.multiplier, dual_loss, state, later["constraint"], config)\n'),
-        TD3, "replayed and C"),
+        TD3, "replayed and TD3-C"),
     "td3-c-unbounded-multiplier": (TD3_C, "jnp.clip(multiplier.params[\"eta\"], -3.0, 100.0)",
                                    "multiplier.params[\"eta\"]", TD3, "its_bounds"),
     "td3-c-a-little-price-at-inf": (
