@@ -190,8 +190,8 @@ INIT_FROM = ("td3_bc", "td3_c")  # scripts whose checkpoints --init-from takes
 METRICS = {  # every column of metrics.csv that is the algorithm's own, with its healthy range
     "critic_loss": "squared TD error, summed over critics; bounded, may grow with q",
     "q": "mean Q of the batch; near or above the dataset's discounted return, never far above",
-    "actor_loss": "imitation - q_weight * Q / mean|Q|, online without imitation about -1 or 1: the "
-    "sign of Q",
+    "actor_loss": "imitation - q_weight * Q over its mean magnitude; near -q_weight or q_weight, "
+    "online without imitation near -1 or 1: the sign of Q",
     "constraint": "D, mean squared distance from the reference policy; about epsilon, or below",
     "multiplier": "price of D; rises while D is above epsilon",
     "imitation": "mean squared distance of the policy's actions from the batch's; falls, then flat",

@@ -170,8 +170,8 @@ INIT_FROM = ("td3_bc", "td3_c")  # scripts whose checkpoints --init-from takes
 METRICS = {  # every column of metrics.csv that is the algorithm's own, with its healthy range
     "critic_loss": "squared TD error, summed over critics; bounded, may grow with q",
     "q": "mean Q of the batch; near or above the dataset's discounted return, never far above",
-    "actor_loss": "imitation - q_weight * Q / mean|Q|, online without imitation about -1 or 1: the "
-    "sign of Q",
+    "actor_loss": "imitation - q_weight * Q over its mean magnitude; near -q_weight or q_weight, "
+    "online without imitation near -1 or 1: the sign of Q",
     "imitation": "mean squared distance of the policy's actions from the batch's; falls, then flat",
     "offline_q": "online: mean Q of dataset rows; falls when the critic forgets them",
     "online_q": "online: mean Q of new transitions; far below offline_q after a collapse",

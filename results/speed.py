@@ -36,6 +36,9 @@ CASES = {  # name: (what is measured, unit)
     "cal_ql-offline-1": ("cal_ql.py offline, 3 x 10 sampled actions, 1 seed", "updates/s"),
     "cal_ql-online-1": ("cal_ql.py online in Hopper-v5, 1 seed, updates included", "steps/s"),
     "sac_finetune-online-1": ("sac_finetune.py --mode mixed online in Hopper-v5", "steps/s"),
+    "td3_bc-offline-1": ("td3_bc.py offline, 1 seed", "updates/s"),
+    "td3_bc-offline-cores": ("td3_bc.py offline, 1 seed per core", "seed-updates/s"),
+    "td3_c-online-1": ("td3_c.py online in Hopper-v5, 1 seed, updates included", "steps/s"),
     "rlpd-online-1": ("rlpd.py online in Hopper-v5, 10 critics, critic updates", "updates/s"),
     "ppo-online-1": ("ppo.py in Hopper-v5, 8 environments, 10 x 16 updates per 2048", "steps/s"),
     "uni_o4-improvement-1": ("uni_o4.py, 100 offline PPO updates, 4 members, Q 2 x 256", "s"),
@@ -45,7 +48,7 @@ CASES = {  # name: (what is measured, unit)
 SETTINGS = {  # what differs from the defaults of Config
     "iql": {}, "sac": {}, "bc": {}, "cql": {}, "cal_ql": {}, "rlpd": {"critic_updates": 20},
     "sac_finetune": {"mode": "mixed", "offline_ratio": 0.5, "critic_updates": 1}, "ppo": {},
-    "uni_o4": {},
+    "uni_o4": {}, "td3_bc": {}, "td3_c": {},
 }
 STEPS = {"cql": 200, "cal_ql": 200, "rlpd": 20}  # per repetition; else 1,000
 ROWS, OBSERVATIONS, ACTIONS, REPETITIONS = 1_000_000, 11, 3, 7

@@ -361,10 +361,10 @@ BUGS = {
     "td3-pi-with-the-old-q": (
         TD3_BC, ("    state = state.replace(critic=critic, key=key)\n\n    def delayed(state):\n"
         "        state, info = improve(state, batch, config)\n"),
-        ("    old, state = state.critic, state.replace(critic=critic, key=key)\n\n"
+        ("    new, old, state = critic, state.critic, state.replace(critic=critic, key=key)\n\n"
         "    def delayed(state):\n"
         "        state, info = improve(state.replace(critic=old), batch, config)\n"
-        "        state = state.replace(critic=critic)\n"), TD3, "replayed and TD3+BC"),
+        "        state = state.replace(critic=new)\n"), TD3, "replayed and TD3+BC"),
     "td3-target-policy-frozen": (
         TD3_BC, "state.replace(target_actor_params=actor, target_critic_params=critic), info",
         "state.replace(target_critic_params=critic), info", TD3, "replayed and TD3+BC"),
@@ -402,17 +402,13 @@ BUGS = {
         "    multiplier, _ = gradient_step(\n"
         '        state.multiplier, dual_loss, state, later["constraint"], config)\n'),
         TD3, "replayed and TD3-C"),
-    "td3-c-unbounded-multiplier": (TD3_C, "jnp.clip(multiplier.params[\"eta\"], -3.0, 100.0)",
-                                   "multiplier.params[\"eta\"]", TD3, "its_bounds"),
+    "td3-c-unbounded-multiplier": (TD3_C, 'jnp.clip(multiplier.params["eta"], -3.0, 100.0)',
+                                   'multiplier.params["eta"]', TD3, "its_bounds"),
     "td3-c-a-little-price-at-inf": (
         TD3_C, "improve = partial(policy_step, loss_fn=td3_loss)",
         "config = dataclasses.replace(config, epsilon=1e9)", TD3, "to_the_bit"),
     "td3-c-last-is-best": (TD3_C, "best_return > state.best_return", "best_return > -jnp.inf", TD3,
                            "best_reference"),
-    "td3-c-best-between-evaluations": (
-        TD3_C, "rows = [row[\"return\"] for row in csv.DictReader(file)][",
-        "rows = [row[\"return\"] for row in csv.DictReader(file) if row[\"return\"]][", TD3,
-        "best_reference"),
     "td3-c-period-after-the-step": (
         TD3_C, "take = partial(jnp.where, state.multiplier.step % config.reference_period == 0)",
         "take = partial(jnp.where, (state.multiplier.step + 1) % config.reference_period == 0)",

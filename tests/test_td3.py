@@ -249,8 +249,9 @@ def test_q_of_nothing_is_not_divided_by_zero(td3_bc):
 
 
 def replay(s, batches, noises, c, policy_loss):
-    """The parameters after each update, by the paper's box: the critic; every second time the
-    policy against the new critic (and the multiplier, at the D before it), then both targets."""
+    """[(parameters, moments of Adam)] after each update, by the paper's box: the critic; every
+    second time the policy against the new critic (and the multiplier, at the D before it), then
+    both targets."""
     zeros = jax.tree.map(np.zeros_like, s)
     moments = {name: (zeros[name], zeros[name]) for name in ("critic", "actor", "eta") if name in s}
     rates = {"actor": c.learning_rate, "eta": getattr(c, "dual_learning_rate", 0)}
@@ -276,7 +277,7 @@ def replay(s, batches, noises, c, policy_loss):
                         lambda x, old: c.tau * x + (1 - c.tau) * old, s[online], s[target])
                     s = s | {target: moved}
                 s = s | {"ema": s["target_actor"]}
-            states.append(s)
+            states.append((s, dict(moments)))
     return states
 
 
@@ -305,16 +306,19 @@ def test_updates_replayed_step_by_step(case, request):
         before = state
         state, info = update(state, batch)
         found = parameters(state)
-        close({k: found[k] for k in expected[i]}, expected[i], rtol=1e-3, atol=2e-4)
+        close(found, expected[i][0], rtol=1e-3, atol=2e-4)
         if i % 2 == 0:
             still = [(x.actor, x.target_actor_params, x.target_critic_params)
                      for x in (before, state)]
             assert all(jax.tree.leaves(jax.tree.map(np.array_equal, *still)))
             assert info["actor_loss"] == 0
         else:  # counted twofold, as it is one of two
-            s = expected[i - 1] | {"critic": expected[i]["critic"]}
+            s = expected[i - 1][0] | {"critic": expected[i][0]["critic"]}
             logged = loss(s["actor"], s, wide[i], config, np)
             np.testing.assert_allclose(info["actor_loss"], 2 * logged, rtol=2e-3, atol=1e-4)
+            if "eta" in s:  # at the D of the old policy: Adam's step hides it, its memory does not
+                memory = state.multiplier.opt_state[0].mu["eta"]
+                np.testing.assert_allclose(memory, expected[i][1]["eta"][0], rtol=1e-3)
     np.testing.assert_array_equal(state.key, key)
     assert state.critic.step == 5 and state.actor.step == 2
 
