@@ -425,8 +425,8 @@ BUGS = {
         "            run.shards = [s.replace(actor=s.actor.replace(tx=tx)) for s in run.shards]\n",
         "", AGNOSTIC, "killed"),
     "pa-random-critic-distilled": (
-        PA, "    chosen = jnp.where(state.critic.step > 0, chosen, batch.actions)"
-        "  # it must know something\n", "", AGNOSTIC, "what_is_distilled"),
+        PA, "jnp.where(state.critic.step > 0, chosen, batch.actions)", "chosen", AGNOSTIC,
+        "what_is_distilled"),
 }  # fmt: skip
 
 
