@@ -19,6 +19,8 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {path.stem: path for folder in ("algorithms", "baselines")
            for path in sorted(ROOT.glob(f"{folder}/*.py"))}
@@ -44,6 +46,14 @@ CASES = {  # name: (what is measured, unit)
     "uni_o4-improvement-1": ("uni_o4.py, 100 offline PPO updates, 4 members, Q 2 x 256", "s"),
     "uni_o4-improvement-paper": ("the same with the published critics, Q 2 x 1024", "s"),
     "uni_o4-amq-1": ("uni_o4.py, an AM-Q query: 4 members, 510 starts, horizon 100", "s"),
+    **{f"pa_rl-{part}-{policy}-{preset}": (f"pa_rl.py, {policy}, {preset}: {what}", "1/s")
+       for preset in ("smoke", "antmaze") for policy in ("diffusion", "transformer", "gaussian")
+       for part, what in (("critic", "critic updates"), ("distil", "distillation updates"),
+                          ("optimise", "action optimisations of s and s', samples included"))},
+    "pa_rl-separate-gaussian-smoke": (
+        "pa_rl.py, gaussian, smoke: critic updates, actions optimised three times", "1/s"),
+    "pa_rl-separate-gaussian-antmaze": (
+        "pa_rl.py, gaussian, antmaze: critic updates, actions optimised three times", "1/s"),
 }
 SETTINGS = {  # what differs from the defaults of Config
     "iql": {}, "sac": {}, "bc": {}, "cql": {}, "cal_ql": {}, "rlpd": {"critic_updates": 20},
@@ -65,8 +75,6 @@ def load(name):
 
 def dataset(module):
     """A Batch of 1M random rows."""
-    import numpy as np
-
     rng = np.random.default_rng(0)
     shapes = ((ROWS, OBSERVATIONS), (ROWS, ACTIONS), (ROWS,), (ROWS, OBSERVATIONS), (ROWS,))
     batch = module.Batch(*[rng.standard_normal(shape, dtype=np.float32) for shape in shapes])
@@ -140,7 +148,6 @@ def bare():
 def make_run(module, num_seeds, **settings):
     """A Run at D4RL's sizes in Hopper-v5, without files."""
     import jax
-    import numpy as np
 
     settings = SETTINGS[module.__name__] | settings
     config = module.Config(num_seeds=num_seeds, **settings)
@@ -203,11 +210,84 @@ def uni_o4(part, size):
     return [1 / rate for rate in repeat({"amq": ask, "improvement": improve}[part], 1)]
 
 
+def pa_rl(part, policy, preset):
+    """Rates of PA-RL's updates on one batch, at the sizes of the preset."""
+    import dataclasses
+    from functools import partial
+
+    import jax
+
+    module = load("pa_rl")
+    settings = module.PRESETS[preset] | {"policy": policy}
+    config = module.settle(dataclasses.replace(module.Config(), **settings))
+    create = partial(module.create_agent_state, observation_dim=OBSERVATIONS, action_dim=ACTIONS,
+                     config=config)
+    state = jax.jit(create)(jax.random.PRNGKey(0))
+    batch = jax.tree.map(lambda x: x[: config.batch_size], dataset(module))
+    batch = batch.replace(actions=batch.actions.clip(-1, 1))
+
+    def optimise(state, batch, config):
+        key, sample_key = jax.random.split(state.key)
+        both = jax.numpy.concatenate([batch.observations, batch.next_observations])
+        candidates = module.sample_policy(state, both, sample_key, config)
+        return state.replace(key=key), module.optimise(state, both, candidates, config)[1].sum()
+
+    parts = {"critic": module.update_step, "distil": module.distil, "optimise": optimise,
+             "separate": separate_update(module)}
+    count = 50 if preset == "smoke" else 1
+
+    @partial(jax.jit, donate_argnums=0)
+    def several(state, batch):
+        return jax.lax.scan(lambda s, _: parts[part](s, batch, config), state, length=count)
+
+    states = [state]
+
+    def run():
+        states[0], info = several(states[0], batch)
+        jax.block_until_ready(info)
+
+    return repeat(run, count)
+
+
+def separate_update(module):
+    """PA-RL's critic update with the actions of s and s' optimised wherever they are needed: once
+    for the targets, twice for the difference."""
+    import jax
+
+    def update(state, batch, config):
+        state_key, *keys, critic_key = jax.random.split(state.key, 8)
+
+        def chosen(observations, sample_key, select_key):
+            candidates = module.sample_policy(state, observations, sample_key, config)
+            actions, q, _ = module.optimise(state, observations, candidates, config)
+            rule, count = config.target_selection, config.num_actions
+            return module.select(actions, q, select_key, rule, count)
+
+        backup = chosen(batch.next_observations, *keys[:2])
+        following = chosen(batch.next_observations, *keys[2:4])
+        own = chosen(batch.observations, *keys[4:6])
+
+        def loss(params):
+            target_key, difference_key = jax.random.split(critic_key)
+            targets = module.backup_targets(state, batch, backup, target_key, config)
+            outputs = module.q_outputs(state, params, batch.observations, batch.actions[None])
+            td_loss = module.value_error(outputs[:, 0], targets, config).mean()
+            difference, _ = module.conservative_difference(
+                params, state, batch, own, following, difference_key, config)
+            return td_loss + config.cql_alpha * difference
+
+        critic = state.critic.apply_gradients(grads=jax.grad(loss)(state.critic.params))
+        target = module.optax.incremental_update(
+            critic.params, state.target_critic_params, config.tau)
+        state = state.replace(critic=critic, target_critic_params=target, key=state_key)
+        return state, critic.step
+
+    return update
+
+
 def start():
     """Seconds from the start of a process to the end of its first update."""
     import tempfile
-
-    import numpy as np
 
     module = load("iql")
     rows = dataset(module)
@@ -236,8 +316,8 @@ def measure(case):
         rates = bare()
     elif case == "iql-start":
         rates = start()
-    elif name == "uni_o4":
-        rates = uni_o4(*parts)
+    elif name in ("uni_o4", "pa_rl"):
+        rates = {"uni_o4": uni_o4, "pa_rl": pa_rl}[name](*parts)
     elif name == "ppo":
         rates = on_policy(load(name), 1)
     else:

@@ -17,13 +17,14 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LOSSES, LEARNING, DATA, FAMILY, FINETUNE, ON_POLICY, TD3 = (
+LOSSES, LEARNING, DATA, FAMILY, FINETUNE, ON_POLICY, AGNOSTIC, TD3 = (
     f"tests/test_{name}.py"
-    for name in ("losses", "learning", "data", "cql", "finetune", "uni_o4", "td3"))
+    for name in ("losses", "learning", "data", "cql", "finetune", "uni_o4", "pa_rl", "td3"))
 IQL, SAC = "algorithms/iql.py", "baselines/sac.py"
 CQL, CAL, FT = (f"algorithms/{name}.py" for name in ("cql", "cal_ql", "sac_finetune"))
 RLPD, BC, PPO, UNI = (
     "baselines/rlpd.py", "baselines/bc.py", "baselines/ppo.py", "algorithms/uni_o4.py")
+PA = "algorithms/pa_rl.py"
 TD3_BC, TD3_C = "baselines/td3_bc.py", "algorithms/td3_c.py"
 ONLY_CQL = "{} and cql and not cal_ql"
 TARGET_Q = "state.critic.apply_fn(state.target_critic_params, batch.observations, batch.actions)\n"
@@ -336,6 +337,97 @@ BUGS = {
         "self.action_space.dtype)] * self.delay\n"),
         ("        zero = np.zeros(self.action_space.shape, self.action_space.dtype)\n"
         "        self.waiting = self.waiting or [zero] * self.delay\n"), ON_POLICY, "shifted"),
+    # PA-RL: action optimisation
+    "pa-min-for-mean": (PA, "expectation(outputs, config).mean(axis=0)  # (M, B)",
+                        "expectation(outputs, config).min(axis=0)  # (M, B)", AGNOSTIC,
+                        "by_the_mean"),
+    "pa-worst-kept": (PA, "jnp.argsort(-q, axis=0)", "jnp.argsort(q, axis=0)", AGNOSTIC,
+                      "by_the_mean"),
+    "pa-last-position": (
+        PA, "return jnp.where((q > best_q)[..., None], actions, best), jnp.maximum(q, best_q)",
+        "return actions, q", AGNOSTIC, "best_position"),
+    "pa-gradient-divided": (PA, "return q.sum(), q  #", "return q.mean(), q  #", AGNOSTIC,
+                            "by_hand"),
+    "pa-out-of-the-box": (
+        PA, "actions = jnp.clip(actions + config.ascent_rate * gradient, -1.0, 1.0)",
+        "actions = actions + config.ascent_rate * gradient", AGNOSTIC, "or_the_box"),
+    "pa-descent": (PA, "actions + config.ascent_rate * gradient",
+                   "actions - config.ascent_rate * gradient", AGNOSTIC, "by_hand"),
+    "pa-data-action-for-the-best": (PA, "kept.at[-1].set(data_actions)",
+                                    "kept.at[0].set(data_actions)", AGNOSTIC, "replaces_the_worst"),
+    "pa-softmax-upside-down": (PA, "jax.random.categorical(key, q, axis=0",
+                               "jax.random.categorical(key, -q, axis=0", AGNOSTIC, "selection"),
+    "pa-samples-of-the-online-policy": (
+        PA, "    params = state.target_actor_params\n", "    params = state.actor.params\n",
+        AGNOSTIC, "base_actions"),
+    # PA-RL: the critic
+    "pa-uniform-calibrated": (PA, "data_q, first = q[:, 0], 1 + config.num_actions",
+                              "data_q, first = q[:, 0], 1", AGNOSTIC, "critics_loss"),
+    "pa-copies-not-counted": (
+        PA, "    q = q.at[:, first:].add(jnp.log(config.num_actions / len(own)))  # copies\n", "",
+        AGNOSTIC, "critics_loss and argmax"),
+    "pa-sum-for-mean": (PA, " - jnp.log(3 * config.num_actions + 1)", "", AGNOSTIC, "critics_loss"),
+    "pa-states-swapped": (PA, "own, following = jnp.split", "following, own = jnp.split", AGNOSTIC,
+                          "knows_both"),
+    "pa-target-of-the-online-critic": (
+        PA, "        params = random_members(state.target_critic_params, key, config)",
+        "        params = random_members(state.critic.params, key, config)", AGNOSTIC,
+        "critics_loss"),
+    "pa-worst-next-action": (PA, ".min(axis=0).max(axis=0)", ".min(axis=0).min(axis=0)", AGNOSTIC,
+                             "critics_loss and softmax"),
+    "pa-histogram-not-cut": (PA, "return jnp.diff(below) / (below[:, -1:] - below[:, :1])",
+                             "return jnp.diff(below)", AGNOSTIC, "histograms"),
+    "pa-edges-for-centres": (PA, "(edges[1:] + edges[:-1]) / 2)", "edges[1:])", AGNOSTIC,
+                             "histograms"),
+    "pa-squared-error-of-a-histogram": (
+        PA, "return optax.softmax_cross_entropy(outputs, histogram(targets, config))",
+        "return (expectation(outputs, config) - targets) ** 2", AGNOSTIC, "critics_loss"),
+    # PA-RL: the policies
+    "pa-alpha-not-multiplied": (PA, "jnp.float32(np.cumprod(alpha))", "jnp.float32(alpha)",
+                                AGNOSTIC, "noise_schedule"),
+    "pa-noise-at-the-end": (PA, "std = jnp.where(step > 0, jnp.sqrt(1 - alpha[step]), 0.0)",
+                            "std = jnp.sqrt(1 - alpha[step])", AGNOSTIC, "sampler"),
+    "pa-signal-not-rooted": (PA, "noisy = jnp.sqrt(signal) * actions", "noisy = signal * actions",
+                             AGNOSTIC, "diffusion_loss"),
+    "pa-mean-over-dimensions": (PA, "((predicted - noise) ** 2).sum(axis=-1)",
+                                "((predicted - noise) ** 2).mean(axis=-1)", AGNOSTIC,
+                                "diffusion_loss"),
+    "pa-tokens-floored": (PA, "jnp.round((actions + 1)", "jnp.floor((actions + 1)", AGNOSTIC,
+                          "test_tokens"),
+    "pa-no-causal-mask": (PA, "mask=causal", "mask=None", AGNOSTIC, "later_token"),
+    "pa-tokens-not-shifted": (PA, "tokens][:, :-1]", "tokens][:, 1:]", AGNOSTIC,
+                              "later_token or joint"),
+    "pa-one-key-for-all-tokens": (PA, "token_key = jax.random.fold_in(key, dimension)",
+                                  "token_key = key", AGNOSTIC, "joint"),
+    "pa-wrong-token-remembered": (PA, "table[dimension - 1, tokens]", "table[dimension, tokens]",
+                                  AGNOSTIC, "likely"),
+    "pa-density-at-the-edge": (
+        PA, "        actions = jnp.clip(actions, -ACTION_LIMIT, ACTION_LIMIT)  # at 1 the density",
+        "        actions = 1.0 * actions  # at 1 the density", AGNOSTIC, "finite_on_the_box"),
+    "pa-ema-swapped": (
+        PA, "incremental_update(actor.params, state.target_actor_params, config.policy_tau)",
+        "incremental_update(state.target_actor_params, actor.params, config.policy_tau)", AGNOSTIC,
+        "moves_the_sampled"),
+    # PA-RL: the schedule
+    "pa-critic-before-distillation": (
+        PA, """        parts.append(learn_in_slices(run, counts[0], distil, distillation_batch))
+        parts.append(learn_in_slices(run, counts[1], update_step, online_batch))
+""", """        parts.append(learn_in_slices(run, counts[1], update_step, online_batch))
+        parts.append(learn_in_slices(run, counts[0], distil, distillation_batch))
+""", AGNOSTIC, "after_each"),
+    "pa-learns-in-every-step": (
+        PA, "lengths[i] = 0 if run.rollout.played[i] else length", "lengths[i] = length", AGNOSTIC,
+        "after_each"),
+    "pa-optimiser-carried": (
+        PA, "opt_state = jax.vmap(state.critic.tx.init)(state.critic.params)",
+        "opt_state = state.critic.opt_state", AGNOSTIC, "switch"),
+    "pa-resumed-with-the-cloning-rate": (
+        PA,
+        "            run.shards = [s.replace(actor=s.actor.replace(tx=tx)) for s in run.shards]\n",
+        "", AGNOSTIC, "killed"),
+    "pa-random-critic-distilled": (
+        PA, "jnp.where(state.critic.step > 0, chosen, batch.actions)", "chosen", AGNOSTIC,
+        "what_is_distilled"),
     # TD3+BC and TD3-C
     "td3-noise-unclipped": (
         TD3_BC, "noise = jnp.clip(noise, -config.noise_clip, config.noise_clip)", "pass", TD3,
