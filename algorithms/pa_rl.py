@@ -22,6 +22,8 @@ backs up the same optimised actions. Diffusion, tokens or a Gaussian: the algori
                  around y (HL-Gauss)
     difference   D       = E[ log mean_j exp Q_k(s, a_j) - Q_k(s, a) ], Cal-QL's: a_j uniform, from
                  pi*(s'), pi*(s) and the data, max(Q_k, Monte-Carlo return) for those of pi*
+    value        L_V     = E[ |expectile - 1(u < 0)| u^2 ], u = min_k Qtarget_k(s, a) - V(s), and
+                 V(s') in the critic's target, with --critic iql; no difference, nor with rlpd
 
     python algorithms/pa_rl.py                                    # the dataset in this repository
     python algorithms/pa_rl.py --policy transformer --dataset D4RL/antmaze/umaze-diverse-v1
