@@ -810,7 +810,7 @@ def test_at_the_switch_both_optimisers_start_anew(script):
 def test_two_devices(pendulum, tmp_path):
     """Two seeds, each on a device of its own, through all phases and past the switch."""
     flags = ["--dataset", pendulum, "--env-id", "Pendulum-v1", *TINY, "--policy", "gaussian",
-             "--num-seeds", "2", "--eval-interval", "120", "--run-dir", tmp_path / "run"]  # fmt: skip
+             "--num-seeds", "2", "--run-dir", tmp_path / "run"]  # fmt: skip
     code, _, err = run_script("algorithms/pa_rl.py", *flags, timeout=300)
     assert code == 0, err
     arrays, meta = load(tmp_path / "run")
