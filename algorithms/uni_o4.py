@@ -49,7 +49,8 @@ From the authors' code (github.com/Lei-Kun/Uni-O4); presets *-code bring back wh
 12. The model sees the agent's units, draws its rows with replacement, stops at --dynamics-steps at
     the latest; its hold-out rows and bootstraps are the same for every seed. Members are cloned
     side by side, not in random order.
-13. Settings are per domain, not per dataset: the rows of their scripts that differ need flags.
+13. `auto` knows an environment's domain; what their scripts set for one dataset is a preset of
+    that name, and of the lists that they search one value (MuJoCo 1000, see PRESETS).
 14. A maze's goal has the environment's radius of 0.45, theirs 0.5.
 """
 
@@ -246,6 +247,20 @@ PRESETS = {
 }  # fmt: skip
 PRESETS["pointmaze"] = PRESETS["antmaze"]
 PRESETS["mujoco"] = PRESETS["walker2d"]
+PRESETS |= {  # datasets whose scripts differ from their domain's
+    "halfcheetah-medium-replay": PRESETS["halfcheetah"] | dict(normalize_observations=False),
+    "walker2d-medium-replay": PRESETS["walker2d"] | dict(critic_steps=500_000),
+    "pen-human": PRESETS["adroit"] | dict(critic_steps=1_000_000, cloning_steps=200_000),
+    "hammer": PRESETS["adroit"] | dict(normalize_observations=True, activation="tanh"),
+    "relocate": PRESETS["adroit"] | dict(activation="tanh"),
+    "door-human": PRESETS["adroit"] | dict(improvement_steps=5_000),
+    "kitchen-complete": PRESETS["kitchen"] | dict(
+        critic_steps=500_000, cloning_steps=100_000, horizon=10, normalize_observations=False
+    ),
+    "kitchen-mixed": PRESETS["kitchen"] | dict(diversity="none"),
+    "antmaze-medium": PRESETS["antmaze"] | dict(horizon=150),
+    "antmaze-large": PRESETS["antmaze"] | dict(horizon=200),
+}  # fmt: skip
 SMALL = dict(  # what a CPU does in minutes
     cloning_steps=10_000, critic_steps=30_000, dynamics_steps=4_000, improvement_steps=2_000,
     online_steps=100_000, critic_hidden_dims=(256, 256), value_hidden_dims=(256, 256),
