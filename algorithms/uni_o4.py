@@ -50,7 +50,7 @@ From the authors' code (github.com/Lei-Kun/Uni-O4); presets *-code bring back wh
     the latest; its hold-out rows and bootstraps are the same for every seed. Members are cloned
     side by side, not in random order.
 13. `auto` knows an environment's domain; what their scripts set for one dataset is a preset of
-    that name, and of the lists that they search one value (MuJoCo 1000, see PRESETS).
+    that name. Where they search several horizons or learning rates, it has one of them.
 14. A maze's goal has the environment's radius of 0.45, theirs 0.5.
 """
 

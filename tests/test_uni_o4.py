@@ -877,3 +877,21 @@ def test_ppo_solves_a_bandit(ppo):
         state, _ = improve(state.replace(key=key), batch, zeros + 1)
     states = np.array([[-1.0], [1.0]], np.float32)
     np.testing.assert_allclose(ppo.mode_actions(state, states)[:, 0], [-0.5, 0.5], atol=0.1)
+
+
+def test_presets(uni_o4):
+    """Every preset is a configuration within the ranges; some values of the published scripts."""
+    for name, settings in uni_o4.PRESETS.items():
+        uni_o4.check_config(dataclasses.replace(uni_o4.Config(preset=name), **settings))
+    wanted = {
+        "hopper": dict(normalize_observations=True, activation="relu", horizon=1000),
+        "halfcheetah": dict(normalize_observations=True, activation="tanh"),
+        "halfcheetah-medium-replay": dict(normalize_observations=False, activation="tanh"),
+        "door-human": dict(improvement_steps=5_000, improvement_learning_rate=1e-5),
+        "kitchen-complete": dict(critic_steps=500_000, improvement_steps=1_000),
+        "antmaze-large": dict(expectile=0.9, critic_hidden_dims=(256,) * 3, horizon=200),
+        "hopper-code": dict(amq="mean", amq_paired=False, diversity="heuristic"),
+    }  # fmt: skip
+    for name, settings in wanted.items():
+        config = dataclasses.replace(uni_o4.Config(), **uni_o4.PRESETS[name])
+        assert {k: getattr(config, k) for k in settings} == settings
