@@ -2,6 +2,7 @@
 on a model whose rollouts are known, the gate, the dynamics ensemble, and the hand-over to PPO."""
 
 import csv
+import dataclasses
 import json
 from functools import lru_cache, partial
 
