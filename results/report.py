@@ -518,7 +518,7 @@ environment step after that whose evaluation is as good again (of the seeds that
 the mean over the online evaluations of 1 − score / 100 (Cal-QL's). Scores learned from a sample of
 a D4RL dataset are not scores on that dataset: `hopper-medium` and `halfcheetah-medium` are about
 1/100 of the trajectories, `hopper-medium-replay` 1/40. `default` is the repository's own dataset,
-in Hopper-v5."""
+in Hopper-v5. The runs whose name begins with `collapse-` are in [`collapse.md`](collapse.md)."""
 
 
 OVER_ALL = """Over all scored datasets of a run [95 % stratified bootstrap interval]; rows compare
@@ -528,6 +528,7 @@ where they have the same datasets:"""
 def generate(records, folder, figures):
     """{path: text} of all that is generated; its pictures are written into `figures`."""
     groups, failed = group_runs(records), failures(records, folder)
+    groups = {key: runs for key, runs in groups.items() if not key[2].startswith("collapse-")}
     datasets = list(dict.fromkeys((profile, dataset) for profile, dataset, _ in groups))
     shown = []
     for profile, dataset in datasets:
@@ -583,7 +584,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         written = generate(records, arguments.records, Path(folder))
         drawn = {path.name for path in Path(folder).iterdir()}
-        old = {path.name for path in home.glob("*")} - drawn
+        old = {path.name for path in home.glob("*")} - drawn - {"collapse.png"}  # collapse.py's
         stale += [home / name for name in sorted(drawn | old) if not alike(home, folder, name)]
         if not arguments.check:
             home.mkdir(exist_ok=True)

@@ -321,7 +321,8 @@ def run_one(trial, arguments, runs):
     return int(outcome(trial, runs) != "finished")
 
 
-def main():
+def main(words=None):
+    """`words`: the command line, where another script calls this (collapse.py)."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", choices=["cpu", "gpu"], default="cpu")
@@ -335,7 +336,7 @@ def main():
     parser.add_argument("--trials-per-gpu", type=int, default=4)
     parser.add_argument("--list", action="store_true", help="print the numbered trials and stop")
     parser.add_argument("--trial", type=int, help="run only this one, in this process, without Ray")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.default_int_handler)  # as Ctrl-C
     if arguments.trials_per_gpu < 1:
