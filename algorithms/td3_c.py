@@ -1,7 +1,7 @@
 """TD3-C: fine-tune a TD3+BC agent with TD3, while the policy may only move slowly.
 
 After the switch plain TD3 improves fast, but it may collapse first: the critic is right where the
-data were, and the policy leaves. Here each step of the policy is bound: it may not be further than
+data were, and the policy leaves. Here each step of the policy is bounded: it may be no further than
 epsilon, in mean squared action, from a reference policy, by default a slow average of itself, which
 bounds its speed and not where it gets to. A multiplier is the price of the distance, and is learnt.
 
@@ -35,7 +35,6 @@ Deviations from the authors' code (there is none: from the code of its neighbour
     the critic's target; 0.8 Q-weights, as its 2 stands beside 2.5 Q / mean|Q|.
  4. As in td3_bc.py: what happens at the switch, initialisation, the domains' settings.
 """
-
 
 # /// script
 # requires-python = ">=3.11"
@@ -141,7 +140,7 @@ class Config:
     # Fine-tuning
     normalize_q: bool = True  # online, without imitation: divide Q by its mean magnitude
     online_optimizer: Literal["carried", "reset"] = "reset"  # both optimisers' states at the switch
-    replay: Literal["online", "append", "half"] = "half"  # what is learnt from online, see above
+    replay: Literal["online", "append", "half"] = "half"  # new rows; all alike; half from the data
     # TD3-C
     epsilon: float = 1e-4  # bound of D, in squared actions; inf: plain TD3
     epsilon_end: float | None = None  # after epsilon_updates, on a line; default: constant
@@ -193,7 +192,7 @@ METRICS = {  # every column of metrics.csv that is the algorithm's own, with its
     "actor_loss": "imitation - q_weight * Q over its mean magnitude; near -q_weight or q_weight, "
     "online without imitation near -1 or 1: the sign of Q",
     "constraint": "D, mean squared distance from the reference policy; about epsilon, or below",
-    "multiplier": "price of D; rises while D is above epsilon",
+    "multiplier": "price of D; rises while D is above epsilon; annealed: falls to 0",
     "imitation": "mean squared distance of the policy's actions from the batch's; falls, then flat",
     "offline_q": "online: mean Q of dataset rows; falls when the critic forgets them",
     "online_q": "online: mean Q of new transitions; far below offline_q after a collapse",
@@ -428,7 +427,7 @@ def td3_update(state, batch, config, improve):
         online = state.actor.params, state.critic.params
         targets = state.target_actor_params, state.target_critic_params
         actor, critic = optax.incremental_update(online, targets, config.tau)
-        # what is logged is the mean over all updates: so it is the mean over these
+        # what is logged is the mean over all updates of an interval: so it is the mean over these
         info = jax.tree.map(lambda x: config.policy_delay * x, info)
         return state.replace(target_actor_params=actor, target_critic_params=critic), info
 
@@ -1762,11 +1761,12 @@ def follow_best(state, best_return):
 def constrained_chunk(run, num_steps):
     """online_chunk_with_distance; before it, with the best reference, where the last rows of
     metrics.csv evaluate the present policies these are compared with their references."""
-    with open(run.folder / "metrics.csv", newline="") as file:
-        rows = [row["return"] for row in csv.DictReader(file)][-run.config.num_seeds :]
-    if run.config.reference == "best" and all(rows):
-        returns = split(np.array(rows, np.float32), run.devices)
-        run.shards = list(map(follow_best, run.shards, returns))
+    if run.config.reference == "best":
+        with open(run.folder / "metrics.csv", newline="") as file:
+            rows = [row["return"] for row in csv.DictReader(file)][-run.config.num_seeds :]
+        if all(rows):
+            returns = split(np.array(rows, np.float32), run.devices)
+            run.shards = list(map(follow_best, run.shards, returns))
     return online_chunk_with_distance(run, num_steps)
 
 
@@ -1846,6 +1846,8 @@ def main(arguments=None):
     if config.eval_only:
         evaluate_checkpoint(config, spec)
         return
+    if config.log_interval % config.policy_delay:
+        fail(f"--log-interval must be a multiple of --policy-delay {config.policy_delay}")
     received = catch_signals()
     eval_envs = [make_env(spec) for _ in range(config.num_seeds * config.eval_episodes)]
     arrays = read_dataset(dataset)
@@ -1868,7 +1870,8 @@ def main(arguments=None):
     if not config.init_from:
         train(run, "offline", offline_chunk, config.offline_steps, received)
     if config.online_steps and run.rollout is None:
-        run.shards = list(map(jax.vmap(partial(begin_finetuning, config=config)), run.shards))
+        begin = jax.jit(jax.vmap(partial(begin_finetuning, config=config)))
+        run.shards = list(map(begin, run.shards))
         start_online(run)
         if run.offline == 0:  # otherwise the last offline evaluation is the one at the switch
             write_log(run, "online", evaluation_values(run) | offline_q(run))

@@ -134,7 +134,7 @@ class Config:
     online_loss: Literal["bc", "td3"] = "bc"  # of the policy after the switch, see above
     normalize_q: bool = True  # online, without imitation: divide Q by its mean magnitude
     online_optimizer: Literal["carried", "reset"] = "reset"  # both optimisers' states at the switch
-    replay: Literal["online", "append", "half"] = "half"  # what is learnt from online, see above
+    replay: Literal["online", "append", "half"] = "half"  # new rows; all alike; half from the data
 
 
 PRESETS = {
@@ -374,7 +374,7 @@ def td3_update(state, batch, config, improve):
         online = state.actor.params, state.critic.params
         targets = state.target_actor_params, state.target_critic_params
         actor, critic = optax.incremental_update(online, targets, config.tau)
-        # what is logged is the mean over all updates: so it is the mean over these
+        # what is logged is the mean over all updates of an interval: so it is the mean over these
         info = jax.tree.map(lambda x: config.policy_delay * x, info)
         return state.replace(target_actor_params=actor, target_critic_params=critic), info
 
@@ -1759,6 +1759,8 @@ def main(arguments=None):
     if config.eval_only:
         evaluate_checkpoint(config, spec)
         return
+    if config.log_interval % config.policy_delay:
+        fail(f"--log-interval must be a multiple of --policy-delay {config.policy_delay}")
     received = catch_signals()
     eval_envs = [make_env(spec) for _ in range(config.num_seeds * config.eval_episodes)]
     arrays = read_dataset(dataset)
@@ -1781,7 +1783,8 @@ def main(arguments=None):
     if not config.init_from:
         train(run, "offline", offline_chunk, config.offline_steps, received)
     if config.online_steps and run.rollout is None:
-        run.shards = list(map(jax.vmap(partial(begin_finetuning, config=config)), run.shards))
+        begin = jax.jit(jax.vmap(partial(begin_finetuning, config=config)))
+        run.shards = list(map(begin, run.shards))
         start_online(run)
         if run.offline == 0:  # otherwise the last offline evaluation is the one at the switch
             write_log(run, "online", evaluation_values(run) | offline_q(run))

@@ -26,7 +26,7 @@ SIZES = dict(
 BINS = dict(value_bins=21, value_min=-3.0, value_max=2.0)
 CLASSES = ("diffusion", "transformer", "gaussian")
 TINY = ["--preset", "smoke", "--pretrain-steps", "60", "--offline-steps", "60", "--online-steps",
-        "230", "--log-interval", "20", "--eval-interval", "60", "--batch-size", "16",
+        "230", "--log-interval", "15", "--eval-interval", "60", "--batch-size", "16",
         "--policy-width", "16", "--policy-blocks", "1", "--critic-hidden-dims", "16", "16",
         "--hidden-dims", "16", "16", "--no-normalize-returns"]  # fmt: skip
 
@@ -348,13 +348,10 @@ def test_an_update_holds_the_policy_and_knows_both_states(script):
     inputs = dict(own=np.asarray(own), following=np.asarray(following), key=critic_key, c=config)
     reference = partial(critic_of, state=state, b=batch, xp=jnp, **inputs)
     grads = jax.grad(reference)(state.critic.params)
-    wanted = state.critic.apply_gradients(grads=grads).params
-
-    def same_where_clear(found, wanted, gradient):  # Adam's first step is the gradient's sign
-        clear = np.abs(gradient) > 1e-3
-        np.testing.assert_allclose(np.asarray(found)[clear], np.asarray(wanted)[clear], atol=2e-4)
-
-    jax.tree.map(same_where_clear, after.critic.params, wanted, grads)
+    memory = after.critic.opt_state[0].mu  # Adam's step hides the gradient's size, this does not
+    close(memory, jax.tree.map(lambda x: 0.1 * x, grads), rtol=1e-3, atol=1e-5)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), after.critic.params, state.critic.params)
+    assert min(jax.tree.leaves(moved)) > 5e-3
     mixed = jax.tree.map(lambda old, new: 0.7 * old + 0.3 * new, state.target_critic_params,
                          after.critic.params)  # fmt: skip
     close(after.target_critic_params, mixed, atol=1e-5)
@@ -763,7 +760,7 @@ def test_the_log_of_a_run(whole):
     assert first["pretrain"]["actor_loss"] and not first["pretrain"]["critic_loss"]
     assert first["offline"]["critic_loss"] and not first["offline"]["actor_loss"]
     learnt = [int(r["step"]) for r in rows if r["phase"] == "online" and r["critic_loss"]]
-    assert learnt == [200]
+    assert learnt == [210]  # the first row after the episode's end
     assert [int(r["step"]) for r in rows if r["phase"] == "online" and r["actor_loss"]] == learnt
 
 
