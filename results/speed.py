@@ -85,11 +85,11 @@ def dataset(module):
     return batch
 
 
-def repeat(function, amount):
-    """Rates of `function`, called once to compile and then REPETITIONS times."""
+def repeat(function, amount, repetitions=REPETITIONS):
+    """Rates of `function`, called once to compile and then `repetitions` times."""
     function()
     rates = []
-    for _ in range(REPETITIONS):
+    for _ in range(repetitions):
         begin = time.perf_counter()
         function()
         rates.append(amount / (time.perf_counter() - begin))
@@ -246,7 +246,7 @@ def pa_rl(part, policy, preset):
         states[0], info = several(states[0], batch)
         jax.block_until_ready(info)
 
-    return repeat(run, count)
+    return repeat(run, count, REPETITIONS if preset == "smoke" else 3)  # half a minute each
 
 
 def separate_update(module):
@@ -361,7 +361,8 @@ def main():
         commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"],
                                 capture_output=True, text=True).stdout.strip()
         made = f"{machine()}; commit {commit}, {time.strftime('%Y-%m-%d')}."
-        how = f"`python results/speed.py`: a process per row, {REPETITIONS} times {STEPS} steps."
+        how = (f"`python results/speed.py`: a process per row, {REPETITIONS} repetitions (3 of "
+               "pa_rl.py at the published sizes).")
         head = ["# Speed", "", made, how, "",
                 "| what | median | range | unit | peak memory, GB |", "|---|---|---|---|---|"]
         (ROOT / "results" / "speed.md").write_text("\n".join([*head, *rows, ""]))
