@@ -831,17 +831,27 @@ def sample_policy(state, observations, key, config):
     return state.policy.sample(params, observations, key, config.base_actions)
 
 
+def target_actions(state, observations, key, config):
+    """pi*'s actions (M, B, A) in observations (B, O), as the critic's losses take them."""
+    sample_key, select_key = jax.random.split(key)
+    candidates = sample_policy(state, observations, sample_key, config)  # (M, B, A)
+    actions, q, info = optimise(state, observations, candidates, config)  # (K, B, A), (K, B)
+    selected = select(actions, q, select_key, config.target_selection, config.num_actions)
+    return selected, info
+
+
 def update_step(state, batch, config):
     """One update of the critic, offline and online; the policy is held. pi*'s actions in s and s',
     once, for all that follows; V (iql); Q; target Q."""
-    key, sample_key, select_key, critic_key, value_key = jax.random.split(state.key, 5)
+    key, action_key, critic_key, value_key = jax.random.split(state.key, 4)
     own, following, info = None, None, {}
     if config.critic != "iql":
-        both = jnp.concatenate([batch.observations, batch.next_observations])  # (2 B, O)
-        candidates = sample_policy(state, both, sample_key, config)  # (M, 2 B, A)
-        actions, q, info = optimise(state, both, candidates, config)  # (K, 2 B, A), (K, 2 B)
-        chosen = select(actions, q, select_key, config.target_selection, config.num_actions)
-        own, following = jnp.split(chosen, 2, axis=1)  # (M, B, A) each
+        both = jnp.stack([batch.observations, batch.next_observations])  # (2, B, O)
+        act = partial(target_actions, state, config=config)
+        # one after the other: the activations of both do not fit a CPU's cache
+        inputs = both, jax.random.split(action_key)
+        (own, following), info = jax.lax.map(lambda xs: act(*xs), inputs)  # (M, B, A) each
+        info = jax.tree.map(jnp.mean, info)
     else:
         value, info = gradient_step(state.value, value_loss, state, batch, value_key, config)
         state = state.replace(value=value)

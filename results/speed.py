@@ -1,7 +1,7 @@
 """Speed and memory of the scripts, beside a bare scan of the same networks: writes speed.md.
 
     python results/speed.py                  # every case, medians of 7 repetitions
-    python results/speed.py --only iql       # one script's
+    python results/speed.py --only iql       # one script's; the other rows stay as they are
 
 A benchmark, not a test: run it on an idle machine. Every case is a process of its own. Sizes are
 D4RL's: 11 observations, 3 actions, 1,000,000 rows, batches of 256, two hidden layers of 256.
@@ -31,6 +31,7 @@ CASES = {  # name: (what is measured, unit)
     "iql-online-1": ("iql.py online in Hopper-v5, 1 seed, updates included", "steps/s"),
     "iql-online-cores": ("iql.py online in Hopper-v5, 1 seed per core", "seed-steps/s"),
     "iql-start": ("iql.py, process start to the end of the first update, 1M rows", "s"),
+    "sac-updates-1": ("sac.py, updates alone, 1 seed", "updates/s"),
     "sac-online-1": ("sac.py online in Hopper-v5, 1 seed, updates included", "steps/s"),
     "bc-offline-1": ("bc.py offline, 1 seed", "updates/s"),
     "cql-offline-1": ("cql.py offline, 3 x 10 sampled actions, 1 seed", "updates/s"),
@@ -179,6 +180,22 @@ def online(module, num_seeds):
     return repeat(lambda: module.online_chunk(run, steps), amount)
 
 
+def updates(module, num_seeds):
+    """Updates of an online script without its environment."""
+    run = make_run(module, num_seeds, online_steps=1000, utd_ratio=500)
+    module.start_online(run)
+    full = np.full_like(run.buffers[0].size, 1000)
+    run.buffers = [run.buffers[0].replace(size=full)]
+    observations = np.zeros((num_seeds, OBSERVATIONS), np.float32)
+
+    def some():
+        inputs = run.shards[0], run.buffers[0], observations, run.datasets[0]
+        run.shards[0], actions, _ = module.online_step(*inputs, run.config, True)
+        actions.block_until_ready()
+
+    return repeat(some, 500 * num_seeds)
+
+
 def on_policy(module, num_seeds):
     run = make_run(module, num_seeds, online_steps=10**7)
     module.start_on_policy(run)
@@ -227,10 +244,11 @@ def pa_rl(part, policy, preset):
     batch = batch.replace(actions=batch.actions.clip(-1, 1))
 
     def optimise(state, batch, config):
-        key, sample_key = jax.random.split(state.key)
-        both = jax.numpy.concatenate([batch.observations, batch.next_observations])
-        candidates = module.sample_policy(state, both, sample_key, config)
-        return state.replace(key=key), module.optimise(state, both, candidates, config)[1].sum()
+        key, action_key = jax.random.split(state.key)
+        both = jax.numpy.stack([batch.observations, batch.next_observations])
+        one = partial(module.target_actions, state, config=config)
+        found = jax.lax.map(lambda xs: one(*xs), (both, jax.random.split(action_key)))
+        return state.replace(key=key), found[0].sum()
 
     parts = {"critic": module.update_step, "distil": module.distil, "optimise": optimise,
              "separate": separate_update(module)}
@@ -255,17 +273,10 @@ def separate_update(module):
     import jax
 
     def update(state, batch, config):
-        state_key, *keys, critic_key = jax.random.split(state.key, 8)
-
-        def chosen(observations, sample_key, select_key):
-            candidates = module.sample_policy(state, observations, sample_key, config)
-            actions, q, _ = module.optimise(state, observations, candidates, config)
-            rule, count = config.target_selection, config.num_actions
-            return module.select(actions, q, select_key, rule, count)
-
-        backup = chosen(batch.next_observations, *keys[:2])
-        following = chosen(batch.next_observations, *keys[2:4])
-        own = chosen(batch.observations, *keys[4:6])
+        state_key, *keys, critic_key = jax.random.split(state.key, 5)
+        backup, _ = module.target_actions(state, batch.next_observations, keys[0], config)
+        following, _ = module.target_actions(state, batch.next_observations, keys[1], config)
+        own, _ = module.target_actions(state, batch.observations, keys[2], config)
 
         def loss(params):
             target_key, difference_key = jax.random.split(critic_key)
@@ -322,7 +333,8 @@ def measure(case):
         rates = on_policy(load(name), 1)
     else:
         num_seeds = cores if parts[1] == "cores" else 1
-        rates = {"offline": offline, "online": online}[parts[0]](load(name), num_seeds)
+        part = {"offline": offline, "online": online, "updates": updates}[parts[0]]
+        rates = part(load(name), num_seeds)
     kind = resource.RUSAGE_CHILDREN if case == "iql-start" else resource.RUSAGE_SELF
     print(json.dumps({"rates": rates, "memory": resource.getrusage(kind).ru_maxrss / 1e6}))
 
@@ -347,25 +359,26 @@ def main():
     if arguments.case:
         measure(arguments.case)
         return
-    rows = []
+    git = ["git", "-C", ROOT, "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    table = ROOT / "results" / "speed.md"
+    lines = table.read_text().splitlines() if table.exists() else []
+    rows = {line.split(" | ")[0].strip("| "): line for line in lines if line.startswith("| ")}
     for case in [name for name in CASES if arguments.only in name]:
         done = subprocess.run([sys.executable, __file__, "--case", case], capture_output=True,
                               text=True, check=True)
         found = json.loads(done.stdout.splitlines()[-1])
         middle, low, high = (f(found["rates"]) for f in (statistics.median, min, max))
         what, unit = CASES[case]
-        rows.append(f"| {what} | {middle:.4g} | {low:.4g} to {high:.4g} | {unit} | "
-                    f"{found['memory']:.2f} |")
-        print(rows[-1], flush=True)
-    if not arguments.only:
-        commit = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short", "HEAD"],
-                                capture_output=True, text=True).stdout.strip()
-        made = f"{machine()}; commit {commit}, {time.strftime('%Y-%m-%d')}."
-        how = (f"`python results/speed.py`: a process per row, {REPETITIONS} repetitions (3 of "
-               "pa_rl.py at the published sizes).")
-        head = ["# Speed", "", made, how, "",
-                "| what | median | range | unit | peak memory, GB |", "|---|---|---|---|---|"]
-        (ROOT / "results" / "speed.md").write_text("\n".join([*head, *rows, ""]))
+        rows[what] = (f"| {what} | {middle:.4g} | {low:.4g} to {high:.4g} | {unit} | "
+                      f"{found['memory']:.2f} | {commit} |")
+        print(rows[what], flush=True)
+    how = (f"{machine()}; {time.strftime('%Y-%m-%d')}. `python results/speed.py`: a process per "
+           f"row, {REPETITIONS} repetitions (3 of pa_rl.py at the published sizes).")
+    columns = "| what | median | range | unit | peak memory, GB | commit |"
+    head = ["# Speed", "", how, "", columns, "|---|---|---|---|---|---|"]
+    rows = [rows[what] for what, _ in CASES.values() if what in rows]
+    table.write_text("\n".join([*head, *rows, ""]))
 
 
 if __name__ == "__main__":

@@ -367,7 +367,7 @@ BUGS = {
         PA, "    q = q.at[:, first:].add(jnp.log(config.num_actions / len(own)))  # copies\n", "",
         AGNOSTIC, "critics_loss and argmax"),
     "pa-sum-for-mean": (PA, " - jnp.log(3 * config.num_actions + 1)", "", AGNOSTIC, "critics_loss"),
-    "pa-states-swapped": (PA, "own, following = jnp.split", "following, own = jnp.split", AGNOSTIC,
+    "pa-states-swapped": (PA, "(own, following), info =", "(following, own), info =", AGNOSTIC,
                           "knows_both"),
     "pa-target-of-the-online-critic": (
         PA, "        params = random_members(state.target_critic_params, key, config)",

@@ -339,13 +339,14 @@ def test_an_update_holds_the_policy_and_knows_both_states(script):
     state, batch = agent(script, config, 1), batch_with_returns(script, 1)
     update = jax.jit(partial(script.update_step, config=config))
     after, info = update(state, batch)
-    _, sample_key, select_key, critic_key, _ = jax.random.split(state.key, 5)
-    both = np.concatenate([batch.observations, batch.next_observations])
-    candidates = state.policy.sample(state.target_actor_params, both, sample_key, 6)
-    actions, q, _ = script.optimise(state, both, candidates, config)
-    chosen = script.select(actions, q, select_key, "softmax", config.num_actions)
-    own, following = chosen[:, :B], chosen[:, B:]
-    inputs = dict(own=np.asarray(own), following=np.asarray(following), key=critic_key, c=config)
+    _, action_key, critic_key, _ = jax.random.split(state.key, 4)
+    chosen, states = [], (batch.observations, batch.next_observations)
+    for key, observations in zip(jax.random.split(action_key), states, strict=True):
+        sample_key, select_key = jax.random.split(key)
+        candidates = state.policy.sample(state.target_actor_params, observations, sample_key, 6)
+        actions, q, _ = script.optimise(state, observations, candidates, config)
+        chosen.append(np.asarray(script.select(actions, q, select_key, "softmax", 5)))
+    inputs = dict(own=chosen[0], following=chosen[1], key=critic_key, c=config)
     reference = partial(critic_of, state=state, b=batch, xp=jnp, **inputs)
     grads = jax.grad(reference)(state.critic.params)
     memory = after.critic.opt_state[0].mu  # Adam's step hides the gradient's size, this does not
