@@ -847,10 +847,10 @@ def update_step(state, batch, config):
     own, following, info = None, None, {}
     if config.critic != "iql":
         both = jnp.stack([batch.observations, batch.next_observations])  # (2, B, O)
-        act = partial(target_actions, state, config=config)
+        optimised = partial(target_actions, state, config=config)
         # one after the other: the activations of both do not fit a CPU's cache
         inputs = both, jax.random.split(action_key)
-        (own, following), info = jax.lax.map(lambda xs: act(*xs), inputs)  # (M, B, A) each
+        (own, following), info = jax.lax.map(lambda xs: optimised(*xs), inputs)  # (M, B, A) each
         info = jax.tree.map(jnp.mean, info)
     else:
         value, info = gradient_step(state.value, value_loss, state, batch, value_key, config)
@@ -1819,7 +1819,8 @@ def settle(config):
     if config.policy == "transformer" and config.policy_width % config.attention_heads:
         fail(f"--policy-width {config.policy_width}: must be a multiple of --attention-heads "
              f"{config.attention_heads}")
-    if config.init_from:
+    resumed = config.resume and Path(config.resume, "config.json").is_file()
+    if config.init_from and not resumed and not config.eval_only:  # else its source may be gone
         check_same_meaning(config)
     return config
 

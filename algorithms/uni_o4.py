@@ -2092,9 +2092,10 @@ def settle(config, spec):
         config = dataclasses.replace(  # the policy is trained on raw observations and rewards
             config, env_id=made["id"], normalize_observations=False, normalize_returns=False
         )
-    if config.init_from:
+    resumed = config.resume and Path(config.resume, "config.json").is_file()
+    if config.init_from and not resumed:  # else its source may be gone
         check_source(config, online_first)
-    if config.supervised_from:
+    if config.supervised_from and not resumed:
         check_supervised(config, online_first)
     return config
 

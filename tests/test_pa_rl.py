@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import itertools
 import math
+import shutil
 from functools import lru_cache, partial
 
 import flax.linen as nn
@@ -865,6 +866,17 @@ def test_refusals(arguments, words, reused, pendulum, tmp_path):
     done = go(reused, tmp_path, [*flags, *arguments, "--run-dir", "run"])
     assert done.code == 2 and words in done.err and done.err.count("\n") == 1, done.err
     assert not (tmp_path / "run").exists()  # the corrected command may use it
+
+
+def test_the_source_of_a_run_may_be_gone(reused, flags, whole, tmp_path):
+    """It is needed once: --resume and --eval-only do without it."""
+    shutil.copytree(whole[0], tmp_path / "source")
+    started = [*flags, "--init-from", "source"]
+    assert go(reused, tmp_path, started).code == 0
+    shutil.rmtree(tmp_path / "source")
+    for arguments in (started, ["--eval-only", "run"]):
+        done = go(reused, tmp_path, arguments)
+        assert done.code == 0, done.err
 
 
 @pytest.mark.parametrize(("name", "value"), [
