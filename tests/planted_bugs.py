@@ -470,8 +470,7 @@ BUGS = {
         TD3_BC, "target_actor_params=jax.tree.map(jnp.copy, params),", "", TD3,
         "the_switch and bc"),
     "td3-no-switch": (
-        TD3_BC, "list(map(jax.vmap(partial(begin_finetuning, config=config)), run.shards))",
-        "run.shards", TD3, "how_far"),
+        TD3_BC, "        run.shards = list(map(begin, run.shards))\n", "", TD3, "how_far"),
     "td3-online-is-half": (TD3_BC, 'if config.replay == "half" else 0', "if config.replay else 0",
                            TD3, "replay_says and bc"),
     "td3-no-exploration": (TD3_BC, "jnp.clip(action + noise, -1.0, 1.0)", "action", TD3, "noisy"),
