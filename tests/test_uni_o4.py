@@ -832,7 +832,7 @@ def test_shifted_physics_changes_the_model_and_delays_actions(ppo):
     for each in (plain, env):
         each.reset(seed=0)
     ones, zeros = np.ones(3, np.float32), np.zeros(3, np.float32)
-    for late, now in ((ones, zeros), (-ones, zeros), (zeros, ones), (zeros, -ones)):
+    for late, now in ((ones, zeros), (-ones, zeros), (ones, ones), (ones, -ones)):
         np.testing.assert_array_equal(env.step(late)[0], plain.step(now)[0])
     for each in (plain, env):
         each.reset(seed=1)
