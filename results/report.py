@@ -43,6 +43,7 @@ NESTED = {
     "curve": {"phase", "step", "seed", "return", "score", "updates_per_second"},
     "reference": {"source"},
 }
+OTHERS = {"collapse.png", "improvement.png", "shifted.png"}  # figures of the two other pages
 MACHINE = ("run_dir", "resume", "eval_only", "video", "wandb")  # no part of what was run
 COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f3c8d", "#999999"]
 
@@ -518,7 +519,8 @@ environment step after that whose evaluation is as good again (of the seeds that
 the mean over the online evaluations of 1 − score / 100 (Cal-QL's). Scores learned from a sample of
 a D4RL dataset are not scores on that dataset: `hopper-medium` and `halfcheetah-medium` are about
 1/100 of the trajectories, `hopper-medium-replay` 1/40. `default` is the repository's own dataset,
-in Hopper-v5. The runs whose name begins with `collapse-` are in [`collapse.md`](collapse.md)."""
+in Hopper-v5. The runs whose name begins with `collapse-` are in [`collapse.md`](collapse.md); what
+Uni-O4's runs say beyond their scores is in [`improvement.md`](improvement.md)."""
 
 
 OVER_ALL = """Over all scored datasets of a run [95 % stratified bootstrap interval]; rows compare
@@ -584,7 +586,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         written = generate(records, arguments.records, Path(folder))
         drawn = {path.name for path in Path(folder).iterdir()}
-        old = {path.name for path in home.glob("*")} - drawn - {"collapse.png"}  # collapse.py's
+        old = {path.name for path in home.glob("*")} - drawn - OTHERS
         stale += [home / name for name in sorted(drawn | old) if not alike(home, folder, name)]
         if not arguments.check:
             home.mkdir(exist_ok=True)

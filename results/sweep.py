@@ -158,12 +158,15 @@ def read_json(path):
 
 
 def keep_record(trial, arguments, runs):
-    """Copy an ended trial's record to where the report finds it."""
-    if outcome(trial, runs):
-        path = arguments.records / arguments.profile / f"{trial.name}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(runs / trial.name / "record.json", path.with_suffix(".tmp"))
-        os.replace(path.with_suffix(".tmp"), path)
+    """Copy an ended trial's record to where the report finds it, and AM-Q's queries beside it."""
+    if not outcome(trial, runs):
+        return
+    path = arguments.records / arguments.profile / f"{trial.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for name, kept in (("record.json", path), ("queries.csv", path.with_suffix(".queries.csv"))):
+        if (runs / trial.name / name).exists():
+            shutil.copy(runs / trial.name / name, path.with_suffix(".tmp"))
+            os.replace(path.with_suffix(".tmp"), kept)
 
 
 def keep_failures(outcomes, arguments):
