@@ -509,11 +509,11 @@ configuration, versions, hashes and every evaluation. `python results/sweep.py` 
 again, `python results/check.py RECORD` one of them. [`index.html`](index.html) shows them with
 curves to hover over, any two scripts side by side, and the reading guide: download it and open it.
 
-Mean over seeds of the last evaluation of each phase: 10 deterministic episodes. A run with 0
-updates offline and an offline value goes on from the agents of the `-offline` run of its script
-(`sac_finetune` from `cql-offline`); the CQL family's budgets are small, see `matrix.toml`: two
-hidden layers, 4 sampled actions per source in place of 10, 20,000 updates. In
-brackets the 95 % bootstrap interval, of fewer than 5 seeds the smallest and the largest value. The
+Mean over seeds of the last evaluation of each phase: 10 deterministic episodes (AntMaze's IQL and
+SAC: 20). A run with 0 updates offline and an offline value goes on from the agents of the
+`-offline` run of its script (`sac_finetune` from `cql-offline`, in AntMaze, `-iql`, from
+`iql-offline`); the CQL family's budgets are small, see `matrix.toml`: two hidden layers, 4 sampled
+actions per source in place of 10, 20,000 updates, in AntMaze 6,000. In brackets the 95 % bootstrap interval, of fewer than 5 seeds the smallest and the largest value. The
 dip is the offline value minus the lowest evaluation after the switch; it is regained at the first
 environment step after that whose evaluation is as good again (of the seeds that do); the regret is
 the mean over the online evaluations of 1 − score / 100 (Cal-QL's). Scores learned from a sample of
