@@ -27,6 +27,8 @@ import matplotlib
 matplotlib.use("Agg")
 import numpy as np
 from matplotlib import pyplot
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter
 
 try:
     from rliable import library, metrics
@@ -46,6 +48,7 @@ NESTED = {
 OTHERS = {"collapse.png", "improvement.png", "shifted.png"}  # figures of the two other pages
 MACHINE = ("run_dir", "resume", "eval_only", "video", "wandb")  # no part of what was run
 COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f3c8d", "#999999"]
+STYLES = [(color, style) for style in ("-", "--", ":") for color in COLORS]
 
 
 # ---------------------------------------------------------------------------------------- Records
@@ -299,24 +302,29 @@ def save_figure(figure, path):
 
 
 def plot_dataset(dataset, groups, path):
-    """Every seed thin, the mean thick, of all entries on one dataset."""
-    figure, axes = pyplot.subplots(figsize=(7.5, 3.4), layout="constrained")
-    for color, (entry, runs) in zip(COLORS * 5, groups, strict=False):
-        curves = []
-        for i, run in enumerate(runs):
-            switch = run["steps"][0]
-            xs = [s for s, _ in run["points"]["offline"]]
-            xs += [switch + s for s, _ in run["points"]["online"]]
-            ys = [v for phase in ("offline", "online") for _, v in run["points"][phase]]
-            axes.plot(xs, ys, color=color, lw=0.6, alpha=0.5, label=None if i else entry)
-            curves.append(ys)
-        if len({len(ys) for ys in curves}) == 1:
-            axes.plot(xs, np.mean(curves, axis=0), color=color, lw=2)
-        if switch:
-            axes.axvline(switch, color=color, ls=":", lw=1)
-    axes.set(title=dataset, xlabel="updates offline | environment steps online",
-             ylabel=groups[0][1][0]["unit"])
-    axes.legend(frameon=False, fontsize=8)
+    """A panel for each phase that any run has: every seed thin, the mean thick."""
+    labels = {"offline": "updates offline", "online": "environment steps online"}
+    phases = [phase for phase in labels if any(run["points"][phase] for _, runs in groups
+                                               for run in runs)]
+    figure, axes = pyplot.subplots(1, len(phases), figsize=(2 + 4.2 * len(phases), 3.8),
+                                   sharey=True, squeeze=False, layout="constrained")
+    handles = []
+    for (color, style), (entry, runs) in zip(STYLES * 5, groups, strict=False):
+        handles.append(Line2D([], [], color=color, ls=style, lw=2, label=entry))
+        for panel, phase in zip(axes[0], phases, strict=True):
+            curves = [run["points"][phase] for run in runs if run["points"][phase]]
+            for curve in curves:
+                panel.plot(*zip(*curve, strict=True), color=color, ls=style, lw=0.5, alpha=0.4)
+            if curves and len({len(curve) for curve in curves}) == 1:
+                steps, values = np.mean(curves, axis=0).T
+                marker = "o" if len(steps) == 1 else None
+                panel.plot(steps, values, color=color, ls=style, lw=2, marker=marker)
+    for panel, phase in zip(axes[0], phases, strict=True):
+        panel.set_xlabel(labels[phase])
+        panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axes[0, 0].set_ylabel(groups[0][1][0]["unit"])
+    figure.suptitle(dataset)
+    figure.legend(handles=handles, frameon=False, fontsize=8, loc="outside right center")
     save_figure(figure, path)
 
 
@@ -336,14 +344,13 @@ def profiles(groups):
 
 def plot_profiles(groups, path):
     """The performance profiles as a picture."""
-    figure, axes = pyplot.subplots(figsize=(7.5, 3.4), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(9.5, 3.6), layout="constrained")
     found = profiles(groups)
-    for color, (label, profile) in zip(COLORS * 5, found["lines"].items(), strict=False):
-        axes.step(found["tau"], profile, where="post", color=color, label=label)
+    for (color, style), (label, profile) in zip(STYLES * 5, found["lines"].items(), strict=False):
+        axes.step(found["tau"], profile, where="post", color=color, ls=style, label=label)
     axes.set(xlabel="tau", ylabel="share of runs with final score > tau",
-             title="Performance profile, all scored datasets")
-    if axes.lines:
-        axes.legend(frameon=False, fontsize=8)
+             title="Performance profile, all scored datasets of a run")
+    figure.legend(frameon=False, fontsize=8, loc="outside right center")
     save_figure(figure, path)
 
 
@@ -513,7 +520,8 @@ Mean over seeds of the last evaluation of each phase: 10 deterministic episodes 
 SAC: 20). A run with 0 updates offline and an offline value goes on from the agents of the
 `-offline` run of its script (`sac_finetune` from `cql-offline`, in AntMaze, `-iql`, from
 `iql-offline`); the CQL family's budgets are small, see `matrix.toml`: two hidden layers, 4 sampled
-actions per source in place of 10, 20,000 updates, in AntMaze 6,000. In brackets the 95 % bootstrap interval, of fewer than 5 seeds the smallest and the largest value. The
+actions per source in place of 10, 20,000 updates, in AntMaze 6,000. In brackets the 95 % bootstrap
+interval, of fewer than 5 seeds the smallest and the largest value. The
 dip is the offline value minus the lowest evaluation after the switch; it is regained at the first
 environment step after that whose evaluation is as good again (of the seeds that do); the regret is
 the mean over the online evaluations of 1 − score / 100 (Cal-QL's). Scores learned from a sample of
