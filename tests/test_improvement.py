@@ -46,8 +46,9 @@ def put(folder, name, rows, ended="finished", queries=(), **reference):
 def records(tmp_path):
     """hopper-medium with two seeds of Uni-O4, scores a tenth of the returns; the shifted world."""
     for seed in (0, 1):
-        queries = [{"step": 100 * (1 + i // 2), "seed": seed, "member": i % 2, "amq": float(i),
-                    "return": value} for i, value in enumerate((100.0, 300.0, 200.0, 500.0))]
+        queries = [{"step": 100 * (1 + i // 2), "seed": seed, "member": i % 2, "horizon": 9,
+                    "amq": float(i), "return": value}
+                   for i, value in enumerate((100.0, 300.0, 200.0, 500.0))]
         put(tmp_path, f"uni_o4/hopper-medium/seed{seed}", [
             ("offline", 8, 50.0, {}), ("offline", 35, 90.0 + 20 * seed, {}),
             ("offline", 235, 300.0, {"ranking": 0.5, "accepted": 1.0 + 0.5 * seed}),
@@ -82,10 +83,25 @@ def test_the_table_of_the_datasets(improvement, records):
         "clone": "10.0 [9.0, 11.0]",  # the last before the improvement, not the last of cloning
         "one step": "20.0", "Uni-O4": "30.0 [30.0, 30.0]", "best queried": "50.0 [50.0, 50.0]",
         "ranking": "0.50 [0.50, 0.50]",
+        "within 20 %": "0.83 [0.83, 0.83]",  # all but 300 and 200
         "chance": "0.75 [0.75, 0.75]",  # 100, 300 and 200 are not above 300
         "accepted": "0.62 [0.50, 0.75]",  # of two queries
         "online, lowest": "25.0 [25.0, 25.0]", "online, last": "40.0 [40.0, 40.0]",
     }  # fmt: skip
+
+
+def test_pairs_are_near_or_ordered_and_of_one_horizon(improvement):
+    def share(*rows):
+        names = "horizon", "amq", "return"
+        return improvement.near_ranking({"queries": [dict(zip(names, r, strict=True))
+                                                     for r in rows]})  # fmt: skip
+
+    assert share((9, 1.0, 100.0), (9, 2.0, 200.0)) == 1  # ordered
+    assert share((9, 2.0, 100.0), (9, 1.0, 200.0)) == 0
+    assert share((9, 2.0, 161.0), (9, 1.0, 200.0)) == 1  # 39 of 200
+    assert share((9, 2.0, 159.0), (9, 1.0, 200.0)) == 0
+    assert share((9, 2.0, 100.0), (4, 1.0, 200.0)) is None  # scores of two horizons
+    assert share((9, 2.0, 100.0), (4, 9.0, 0.0), (9, 1.0, 200.0)) == 0
 
 
 def test_the_table_of_the_shifted_world(improvement, records):
