@@ -41,6 +41,7 @@ CASES = {  # name: (what is measured, unit)
     "sac_finetune-online-1": ("sac_finetune.py --mode mixed online in Hopper-v5", "steps/s"),
     "td3_bc-offline-1": ("td3_bc.py offline, 1 seed", "updates/s"),
     "td3_bc-offline-cores": ("td3_bc.py offline, 1 seed per core", "seed-updates/s"),
+    "td3_bc-online-1": ("td3_bc.py --online-loss td3 online in Hopper-v5, 1 seed", "steps/s"),
     "td3_c-online-1": ("td3_c.py online in Hopper-v5, 1 seed, updates included", "steps/s"),
     "rlpd-online-1": ("rlpd.py online in Hopper-v5, 10 critics, critic updates", "updates/s"),
     "ppo-online-1": ("ppo.py in Hopper-v5, 8 environments, 10 x 16 updates per 2048", "steps/s"),
@@ -59,7 +60,7 @@ CASES = {  # name: (what is measured, unit)
 SETTINGS = {  # what differs from the defaults of Config
     "iql": {}, "sac": {}, "bc": {}, "cql": {}, "cal_ql": {}, "rlpd": {"critic_updates": 20},
     "sac_finetune": {"mode": "mixed", "offline_ratio": 0.5, "critic_updates": 1}, "ppo": {},
-    "uni_o4": {}, "td3_bc": {}, "td3_c": {},
+    "uni_o4": {}, "td3_bc": {"online_loss": "td3"}, "td3_c": {},
 }
 STEPS = {"cql": 200, "cal_ql": 200, "rlpd": 20}  # per repetition; else 1,000
 ROWS, OBSERVATIONS, ACTIONS, REPETITIONS = 1_000_000, 11, 3, 7
