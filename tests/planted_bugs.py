@@ -428,6 +428,9 @@ BUGS = {
     "pa-random-critic-distilled": (
         PA, "jnp.where(state.critic.step > 0, chosen, batch.actions)", "chosen", AGNOSTIC,
         "what_is_distilled"),
+    "pa-gaussian-fitted-up-to-the-box": (
+        PA, "jnp.clip(actions, -0.99, 0.99)", "jnp.clip(actions, -ACTION_LIMIT, ACTION_LIMIT)",
+        AGNOSTIC, "clipped_actions"),
     # TD3+BC and TD3-C
     "td3-noise-unclipped": (
         TD3_BC, "noise = jnp.clip(noise, -config.noise_clip, config.noise_clip)", "pass", TD3,
