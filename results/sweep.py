@@ -193,17 +193,24 @@ def progress(folder):
         rows = []
     if not rows or not config:
         return "starting" if (folder / "log.txt").exists() else "waiting", 0.0, None, None, None
-    offline = sum(config.get(name, 0) for name in OFFLINE) if not config["init_from"] else 0
-    last, totals = rows[-1], {"offline": offline, "online": config["online_steps"]}
+    totals = {
+        "pretrain": config.get("pretrain_steps", 0),
+        "offline": sum(config.get(name, 0) for name in (
+            ("improvement_steps",) if config.get("supervised_from") else OFFLINE)),
+        "online": config["online_steps"],
+    }
+    while next(iter(totals)) != rows[0]["phase"]:  # what comes before it, the run has not
+        del totals[next(iter(totals))]
+    last = rows[-1]
     done = {phase: max([int(r["step"]) for r in rows if r["phase"] == phase], default=0)
             for phase in totals}
     spent = {phase: sum(float(r["seconds"]) for r in rows if r["phase"] == phase)
              / config["num_seeds"] for phase in totals}
     known = [spent[p] / done[p] for p in totals if done[p]]
-    left = sum((totals[p] - done[p]) * (spent[p] / done[p] if done[p] else known[-1])
-               for p in totals)
+    left = sum(max(totals[p] - done[p], 0) * (spent[p] / done[p] if done[p] else known[-1])
+               for p in totals) if known else None
     values = [row["score"] or row["return"] for row in rows if row["return"]]
-    share = sum(done.values()) / max(sum(totals.values()), 1)
+    share = min(sum(done.values()) / max(sum(totals.values()), 1), 1)
     return (last["phase"], share, float(last["updates_per_second"]),
             float(values[-1]) if values else None, left)
 

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, load_script
 
 ray = pytest.importorskip("ray", reason="pip install -r results/requirements.txt")
 BUDGET = ["--offline-steps", "6000", "--online-steps", "300", "--eval-interval", "100",
@@ -194,3 +194,21 @@ def test_two_nodes_and_the_loss_of_one(matrix, monkeypatch):
     whole, folder = sweep(matrix, "whole", "--only", killed[0], "--trial", "0")
     assert whole.wait(240) == 0
     assert digest(runs / killed[0]) == digest(folder / killed[0])
+
+
+@pytest.mark.parametrize("phases, share, left", [
+    ({"pretrain": 500}, 500 / 1600, 1.1), ({"pretrain": 1000, "offline": 100}, 1100 / 1600, 0.5),
+    ({"offline": 400}, 400 / 600, 0.2), ({"offline": 400, "online": 50}, 450 / 600, 0.15),
+    ({"online": 150}, 150 / 200, 0.05), ({"online": 210}, 1.0, 0.0),
+])  # fmt: skip
+def test_progress_of_every_kind_of_run(phases, share, left, tmp_path):
+    """From pretraining, from the dataset, or online from another's agent, which is its first row;
+    a phase that has not begun counts at the pace of the one before; 1 ms per step."""
+    config = dict(pretrain_steps=1000, offline_steps=400, online_steps=200, num_seeds=1)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    rows = [f"{phase},{step},{step / 1000},,7,1000" for phase, step in phases.items()]
+    header = "phase,step,seconds,score,return,updates_per_second"
+    (tmp_path / "metrics.csv").write_text("\n".join([header, *rows]))
+    found = load_script("results/sweep.py").progress(tmp_path)
+    assert found[0] == list(phases)[-1] and found[2:4] == (1000, 7)
+    assert found[1] == pytest.approx(share) and found[4] == pytest.approx(left)
