@@ -243,17 +243,7 @@ def write(arguments):
     """Write what has changed, or with --check only name it. Returns the exit code."""
     with tempfile.TemporaryDirectory() as folder:
         written = generate(arguments.records, arguments.profile, Path(folder))
-        stale = [path for path, text in written.items()
-                 if not path.is_file() or path.read_text() != text]
-        home = HOME / "figures"
-        if not report.alike(home, folder, "collapse.png"):
-            stale.append(home / "collapse.png")
-            written[home / "collapse.png"] = Path(folder, "collapse.png").read_bytes()
-    for path in stale if not arguments.check else []:
-        new = written[path]
-        path.write_bytes(new if isinstance(new, bytes) else new.encode())
-    print("\n".join(f"{'stale' if arguments.check else 'wrote'} {path}" for path in stale))
-    return int(arguments.check and bool(stale))
+        return report.settle(written, folder, ["collapse.png"], arguments.check)
 
 
 def main():

@@ -293,17 +293,8 @@ def main():
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         written = generate(arguments.records, arguments.profile, Path(folder))
-        stale = [path for path, text in written.items()
-                 if not path.is_file() or path.read_text() != text]
-        for name in ("improvement.png", "shifted.png"):
-            if not report.alike(HOME / "figures", folder, name):
-                stale.append(HOME / "figures" / name)
-                written[stale[-1]] = Path(folder, name).read_bytes()
-    for path in stale if not arguments.check else []:
-        new = written[path]
-        path.write_bytes(new if isinstance(new, bytes) else new.encode())
-    print("\n".join(f"{'stale' if arguments.check else 'wrote'} {path}" for path in stale))
-    return int(arguments.check and bool(stale))
+        pictures = ["improvement.png", "shifted.png"]
+        return report.settle(written, folder, pictures, arguments.check)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ NESTED = {
     "curve": {"phase", "step", "seed", "return", "score", "updates_per_second"},
     "reference": {"source"},
 }
-OTHERS = {"collapse.png", "improvement.png", "shifted.png"}  # figures of the two other pages
+OTHERS = {"collapse.png", "improvement.png", "policies.png", "shifted.png"}  # of other pages
 MACHINE = ("run_dir", "resume", "eval_only", "video", "wandb")  # no part of what was run
 COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f3c8d", "#999999"]
 STYLES = [(color, style) for style in ("-", "--", ":") for color in COLORS]
@@ -528,7 +528,8 @@ the mean over the online evaluations of 1 − score / 100 (Cal-QL's). Scores lea
 a D4RL dataset are not scores on that dataset: `hopper-medium` and `halfcheetah-medium` are about
 1/100 of the trajectories, `hopper-medium-replay` 1/40. `default` is the repository's own dataset,
 in Hopper-v5. The runs whose name begins with `collapse-` are in [`collapse.md`](collapse.md); what
-Uni-O4's runs say beyond their scores is in [`improvement.md`](improvement.md)."""
+Uni-O4's runs say beyond their scores is in [`improvement.md`](improvement.md), PA-RL's by policy
+class in [`policies.md`](policies.md)."""
 
 
 OVER_ALL = """Over all scored datasets of a run [95 % stratified bootstrap interval]; rows compare
@@ -579,6 +580,23 @@ def alike(home, folder, name):
         return False
     one, other = (pyplot.imread(path) for path in paths)
     return one.shape == other.shape and np.abs(one - other).mean() < 1e-3
+
+
+def settle(written, folder, pictures, check):
+    """Write what has changed of `written`, {path: text}, and of the pictures drawn into `folder`;
+    with `check` only name it. Returns the exit code."""
+    home = ROOT / "results" / "figures"
+    stale = [path for path, text in written.items()
+             if not path.is_file() or path.read_text() != text]
+    drawn = [name for name in pictures if not alike(home, folder, name)]
+    if not check:
+        for path in stale:
+            path.write_text(written[path])
+        for name in drawn:
+            shutil.copy(Path(folder, name), home / name)
+    stale += [home / name for name in drawn]
+    print("\n".join(f"{'stale' if check else 'wrote'} {path}" for path in stale))
+    return int(check and bool(stale))
 
 
 def main():
