@@ -350,7 +350,8 @@ def plot_profiles(groups, path):
         axes.step(found["tau"], profile, where="post", color=color, ls=style, label=label)
     axes.set(xlabel="tau", ylabel="share of runs with final score > tau",
              title="Performance profile, all scored datasets of a run")
-    figure.legend(frameon=False, fontsize=8, loc="outside right center")
+    if found["lines"]:
+        figure.legend(frameon=False, fontsize=8, loc="outside right center")
     save_figure(figure, path)
 
 
