@@ -521,16 +521,17 @@ Mean over seeds of the last evaluation of each phase: 10 deterministic episodes 
 SAC: 20). A run with 0 updates offline and an offline value goes on from the agents of the
 `-offline` run of its script (`sac_finetune` from `cql-offline`, in AntMaze, `-iql`, from
 `iql-offline`); the CQL family's budgets are small, see `matrix.toml`: two hidden layers, 4 sampled
-actions per source in place of 10, 20,000 updates, in AntMaze 6,000. In brackets the 95 % bootstrap
-interval, of fewer than 5 seeds the smallest and the largest value. The
-dip is the offline value minus the lowest evaluation after the switch; it is regained at the first
-environment step after that whose evaluation is as good again (of the seeds that do); the regret is
+actions per source in place of 10, 20,000 updates, in AntMaze 6,000; `ppo-weak` goes on from `ppo`.
+In brackets the smallest and the largest of three seeds (of five and more the 95 % bootstrap
+interval). Some runs of the matrix still wait to be made. The dip is the offline value minus the
+lowest evaluation after the switch; it is regained at the first environment step after that whose
+evaluation is as good again (mean of the seeds that do; without brackets: one seed); the regret is
 the mean over the online evaluations of 1 − score / 100 (Cal-QL's). Scores learned from a sample of
 a D4RL dataset are not scores on that dataset: `hopper-medium` and `halfcheetah-medium` are about
-1/100 of the trajectories, `hopper-medium-replay` 1/40. `default` is the repository's own dataset,
-in Hopper-v5. The runs whose name begins with `collapse-` are in [`collapse.md`](collapse.md); what
-Uni-O4's runs say beyond their scores is in [`improvement.md`](improvement.md), PA-RL's by policy
-class in [`policies.md`](policies.md)."""
+1/100 of the trajectories, `hopper-medium-replay` 1/40, `halfcheetah-medium-replay` 1/20. `default`
+is the repository's own dataset, in Hopper-v5. The runs whose name begins with `collapse-` are in
+[`collapse.md`](collapse.md); what Uni-O4's runs say beyond their scores is in
+[`improvement.md`](improvement.md), PA-RL's by policy class in [`policies.md`](policies.md)."""
 
 
 OVER_ALL = """Over all scored datasets of a run [95 % stratified bootstrap interval]; rows compare
