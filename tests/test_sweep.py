@@ -210,3 +210,24 @@ def test_progress_of_every_kind_of_run(phases, share, left, tmp_path):
     found = load_script("results/sweep.py").progress(tmp_path)
     assert found[0] == list(phases)[-1] and found[2:4] == (1000, 7)
     assert found[1] == pytest.approx(share) and found[4] == pytest.approx(left)
+
+
+def test_trials_at_the_same_time_have_a_core_each(tmp_path, monkeypatch):
+    module = load_script("results/sweep.py")
+    monkeypatch.setattr(module.tempfile, "gettempdir", lambda: str(tmp_path))
+    cores = os.sched_getaffinity(0)
+    with contextlib.ExitStack() as trials:
+        held = [trials.enter_context(module.own_core()) for _ in cores]
+        assert all(len(core) == 1 for core in held) and set.union(*held) == cores
+        with module.own_core() as core:  # one trial more than there are cores
+            assert core == cores
+    script = tmp_path / "script.py"
+    script.write_text("import os\nprint(*os.sched_getaffinity(0))\n")
+    with module.own_core() as first:
+        code, line = module.run_script([str(script)], tmp_path / "run", gpu=False)
+    with module.own_core() as again:
+        assert again == first  # given back
+    if len(cores) > 1:
+        assert code == 0 and {int(core) for core in line.split()} == {sorted(cores)[1]}
+    assert module.run_script([str(script)], tmp_path / "gpu", gpu=True)[1].split() == [
+        str(core) for core in sorted(cores)]  # fmt: skip
