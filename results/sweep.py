@@ -95,7 +95,8 @@ def read_matrix(path, profile, data, runs):
 def own_core():
     """{a core of this machine that no other trial has}; all cores where none is free, None where
     the system binds no process. With two trials loose on two cores, XLA starts two threads in each,
-    which take turns: measured, 0.6 to 0.7 of the updates per second."""
+    which take turns: measured, 0.6 to 0.7 of the updates per second; and they round otherwise than
+    one (the last digit of a mean), so that a trial moved there would not go on to the same bits."""
     if not hasattr(os, "sched_getaffinity"):
         yield None
         return
