@@ -414,6 +414,11 @@ def load_checkpoint(path):
     return fail(f"{path}: no readable checkpoint")
 
 
+def available_cores():
+    """How many cores this process may use; of how many, XLA's last digits depend."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def versions(script, dataset, init_from=None):
     """What makes a run: command, code, data, packages, machine."""
 
@@ -440,7 +445,7 @@ def versions(script, dataset, init_from=None):
         "git_status": git("status", "--porcelain", "--", script.name),  # not empty: changed since
         "dataset": str(dataset), "dataset_sha256": sha256(data) if data else None,
         "python": platform.python_version(), "machine": platform.platform(),
-        "cores": os.cpu_count(), "device": jax.devices()[0].device_kind,
+        "cores": available_cores(), "device": jax.devices()[0].device_kind,
         "init_from_sha256": sha256(agent) if agent and agent.is_file() else None,
         "environment_variables": settings, "packages": packages,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -573,10 +573,14 @@ def act_deterministically(state, observations):
 # device is given its own calls: they run side by side because dispatch returns at once.
 
 
+def available_cores():
+    """How many cores this process may use; of how many, XLA's last digits depend."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def use_all_cores(num_seeds):
     """Before jax starts: one virtual CPU device per core, as far as they divide the seeds."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    divisors = [d for d in range(1, cores + 1) if num_seeds % d == 0]
+    divisors = [d for d in range(1, available_cores() + 1) if num_seeds % d == 0]
     with contextlib.suppress(RuntimeError):  # jax has started, in a notebook say: as it is
         jax.config.update("jax_num_cpu_devices", max(divisors))
 
@@ -996,7 +1000,7 @@ def versions(script, dataset, init_from=None):
         "git_status": git("status", "--porcelain", "--", script.name),  # not empty: changed since
         "dataset": str(dataset), "dataset_sha256": sha256(data) if data else None,
         "python": platform.python_version(), "machine": platform.platform(),
-        "cores": os.cpu_count(), "device": jax.devices()[0].device_kind,
+        "cores": available_cores(), "device": jax.devices()[0].device_kind,
         "init_from_sha256": sha256(agent) if agent and agent.is_file() else None,
         "environment_variables": settings, "packages": packages,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

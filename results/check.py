@@ -46,7 +46,7 @@ def differences(old, new):
         was, now = (r["versions"]["packages"].get(name) for r in (old, new))
         if was != now:
             found.append(f"{name} was {was}, is {now}")
-    for name in ("script_sha256", "dataset_sha256", "device"):
+    for name in ("script_sha256", "dataset_sha256", "device", "cores"):
         if old["versions"][name] != new["versions"][name]:
             found.append(f"{name} was {old['versions'][name]}, is {new['versions'][name]}")
     for name in ("ended", "offline", "online", "state_sha256"):
@@ -82,6 +82,8 @@ def main():
         if old["versions"]["device"] == "cpu":
             env |= {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1",
                     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
+        if hasattr(os, "sched_setaffinity"):  # as many cores: the last digits depend on it
+            os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: old["versions"]["cores"]])
         done = subprocess.run(command, env=env, check=False)
         path = Path(folder) / "run" / "record.json"
         if not path.exists():
