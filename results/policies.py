@@ -21,7 +21,8 @@ from matplotlib import pyplot
 HOME = report.ROOT / "results"
 CLASSES = ("diffusion", "transformer", "gaussian")
 CRITICS = {"pa_rl-": "Cal-QL", "pa_rl-iql-": "IQL"}  # how the entries' names begin
-DATASETS = ("antmaze-umaze-diverse", "pointmaze-umaze", "door-human", "hopper-medium-replay")
+DATASETS = ("antmaze-umaze-diverse", "pointmaze-umaze", "door-human", "hopper-medium-replay",
+            "ope-hopper-replay")  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------- Records
