@@ -23,8 +23,10 @@ return of the data from the same state: one maximum, and the rest is CQL, offlin
     python algorithms/cal_ql.py --dataset mujoco/hopper/medium-v0  # any Minari id, or a flat file
 
 Deviations from the authors' code (github.com/nakamotoo/Cal-QL):
- 1. Online, updates begin with the first step, one per step, not after a whole trajectory with as
-    many updates as it has steps. An unfinished episode's return is unknown and bounds nothing.
+ 1. Online, the first 1,000 steps are the frozen policy's, and then every step has one update; the
+    authors' have none but after a trajectory, and then as many as it has steps. An unfinished
+    episode's return is unknown and bounds nothing. The last row of a trajectory that was cut off
+    stays where its next observation is known.
  2. The temperature's loss is linear in the temperature, not in its logarithm, as in sac.py.
  3. Output layers are initialised like hidden ones, not with 1e-2.
  4. Locomotion, where the paper has no setting, and Adroit (D4RL's dense tasks, not the paper's
@@ -131,7 +133,7 @@ class Config:
     learning_rate: float = 3e-4  # Adam, critics and multiplier
     policy_learning_rate: float = 1e-4  # Adam, policy and temperature
     utd_ratio: int = 1  # updates per environment step
-    warmup_steps: int = 0  # environment steps before the first online update
+    warmup_steps: int = 1_000  # environment steps before the first online update
     # SAC
     num_critics: int = 2  # Q-functions
     target_critics: int = 2  # of them, drawn anew for every target: their minimum counts
@@ -179,8 +181,9 @@ PRESETS["default"] = PRESETS["mujoco"] | dict(
     online_steps=10_000, eval_interval=2_000,
 )
 PRESETS["smoke"] = PRESETS["mujoco"] | dict(
-    offline_steps=200, online_steps=200, eval_interval=100, eval_episodes=1, log_interval=50,
-    batch_size=32, hidden_dims=(32, 32), critic_hidden_dims=(32, 32), num_actions=4,
+    offline_steps=200, online_steps=200, warmup_steps=50, eval_interval=100, eval_episodes=1,
+    log_interval=50, batch_size=32, hidden_dims=(32, 32), critic_hidden_dims=(32, 32),
+    num_actions=4,
 )
 
 RANGES = {  # smallest and largest accepted value
@@ -1393,8 +1396,8 @@ def config_from(text):
 def parse_config(arguments):
     """Command line -> (Config, dataset path, environment specification).
 
-    What counts, weakest first: defaults, preset, the record of the run to resume, flags. A
-    resumed run may only change what is no part of its past.
+    What counts, weakest first: defaults, preset, number and transform of the agents to start from,
+    the record of the run to resume, flags. A resumed run may only change what is not of its past.
     """
     parse = partial(tyro.cli, Config, args=arguments, description=__doc__)
     config = parse()
@@ -1417,14 +1420,18 @@ def parse_config(arguments):
     preset = auto if config.preset == "auto" else config.preset
     if preset not in PRESETS:
         fail(f"--preset {preset}: must be auto or one of {', '.join(PRESETS)}")
-    config = parse(default=dataclasses.replace(Config(), **PRESETS[preset]))
-    config = dataclasses.replace(config, preset=preset)
-    check_config(config)
+    default, its = dataclasses.replace(Config(), **PRESETS[preset]), {}
     if config.init_from:
         _, meta, found = load_own_checkpoint(config.init_from, INIT_FROM)
-        seeds = meta["config"]["num_seeds"]
-        if seeds != config.num_seeds:
-            fail(f"--init-from {found}: has {seeds} seeds, but --num-seeds is {config.num_seeds}")
+        names = ("num_seeds", "normalize_observations", "normalize_returns", "reward_scale",
+                 "reward_shift")
+        its = {name: meta["config"].get(name, False) for name in names if hasattr(config, name)}
+    config = dataclasses.replace(parse(default=dataclasses.replace(default, **its)), preset=preset)
+    check_config(config)
+    for name, needed in its.items():
+        if getattr(config, name) != needed:
+            flag = "--" + name.replace("_", "-")
+            fail(f"--init-from {found}: was made with {flag} {needed}, not {getattr(config, name)}")
     return config, path, spec
 
 

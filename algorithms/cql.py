@@ -26,7 +26,9 @@ its JAX successor is followed, JaxCQL, in the form that Cal-QL's authors use:
     the other way round. The entropy is not part of the target.
  2. The temperature's loss is linear in the temperature, not in its logarithm, as in sac.py.
  3. Output layers are initialised like hidden ones, not with 1e-2.
- 4. Online, updates begin with the first step, one per step, not after a whole trajectory.
+ 4. Online, the first 1,000 steps are the frozen policy's, and then every step has one update; the
+    authors' have none but after a trajectory, and then as many as it has steps. The last row of a
+    trajectory that was cut off stays where its next observation is known.
  5. Locomotion and Adroit (D4RL's dense tasks) follow CORL; the binary Adroit tasks of Cal-QL are
     not here; PointMaze is ours. CORL clips the difference at -200 in antmaze, too
     (--difference-min). Kitchen does not end at its fourth subtask, and its returns stay raw.
@@ -130,7 +132,7 @@ class Config:
     learning_rate: float = 3e-4  # Adam, critics and multiplier
     policy_learning_rate: float = 1e-4  # Adam, policy and temperature
     utd_ratio: int = 1  # updates per environment step
-    warmup_steps: int = 0  # environment steps before the first online update
+    warmup_steps: int = 1_000  # environment steps before the first online update
     # SAC
     num_critics: int = 2  # Q-functions
     target_critics: int = 2  # of them, drawn anew for every target: their minimum counts
@@ -178,8 +180,9 @@ PRESETS["default"] = PRESETS["mujoco"] | dict(
     online_steps=10_000, eval_interval=2_000,
 )
 PRESETS["smoke"] = PRESETS["mujoco"] | dict(
-    offline_steps=200, online_steps=200, eval_interval=100, eval_episodes=1, log_interval=50,
-    batch_size=32, hidden_dims=(32, 32), critic_hidden_dims=(32, 32), num_actions=4,
+    offline_steps=200, online_steps=200, warmup_steps=50, eval_interval=100, eval_episodes=1,
+    log_interval=50, batch_size=32, hidden_dims=(32, 32), critic_hidden_dims=(32, 32),
+    num_actions=4,
 )
 
 RANGES = {  # smallest and largest accepted value
@@ -202,7 +205,7 @@ METRICS = {  # every column of metrics.csv that is the algorithm's own, with its
     "multiplier": "of the difference (1 without --lagrange); rises while it is above target_gap",
     "q": "mean Q of the batch; below the discounted return, never far above",
     "below_return": "share of the policy's actions whose Q is below the Monte-Carlo return: what "
-    "Cal-QL lifts; near 1 after much conservatism",
+    "Cal-QL lifts; near 1 after much conservatism, and at first where returns are positive",
     "actor_loss": "temperature * log pi - Q; falls as q rises",
     "entropy": "-log pi of the policy's own actions (nats); settles at the target entropy",
     "temperature_loss": "near 0 once the entropy is at its target",
@@ -1389,8 +1392,8 @@ def config_from(text):
 def parse_config(arguments):
     """Command line -> (Config, dataset path, environment specification).
 
-    What counts, weakest first: defaults, preset, the record of the run to resume, flags. A
-    resumed run may only change what is no part of its past.
+    What counts, weakest first: defaults, preset, number and transform of the agents to start from,
+    the record of the run to resume, flags. A resumed run may only change what is not of its past.
     """
     parse = partial(tyro.cli, Config, args=arguments, description=__doc__)
     config = parse()
@@ -1413,14 +1416,18 @@ def parse_config(arguments):
     preset = auto if config.preset == "auto" else config.preset
     if preset not in PRESETS:
         fail(f"--preset {preset}: must be auto or one of {', '.join(PRESETS)}")
-    config = parse(default=dataclasses.replace(Config(), **PRESETS[preset]))
-    config = dataclasses.replace(config, preset=preset)
-    check_config(config)
+    default, its = dataclasses.replace(Config(), **PRESETS[preset]), {}
     if config.init_from:
         _, meta, found = load_own_checkpoint(config.init_from, INIT_FROM)
-        seeds = meta["config"]["num_seeds"]
-        if seeds != config.num_seeds:
-            fail(f"--init-from {found}: has {seeds} seeds, but --num-seeds is {config.num_seeds}")
+        names = ("num_seeds", "normalize_observations", "normalize_returns", "reward_scale",
+                 "reward_shift")
+        its = {name: meta["config"].get(name, False) for name in names if hasattr(config, name)}
+    config = dataclasses.replace(parse(default=dataclasses.replace(default, **its)), preset=preset)
+    check_config(config)
+    for name, needed in its.items():
+        if getattr(config, name) != needed:
+            flag = "--" + name.replace("_", "-")
+            fail(f"--init-from {found}: was made with {flag} {needed}, not {getattr(config, name)}")
     return config, path, spec
 
 

@@ -1,6 +1,6 @@
 """Policy-agnostic RL (PA-RL): one actor-critic method for any class of policy.
 
-Offline-to-online methods send the critic's gradient through the policy, and so need a Gaussian.
+Most offline-to-online methods send the critic's gradient through the policy, or need its density.
 PA-RL asks less of a policy: that it can be sampled, and be trained by its own supervised loss.
 The critic improves actions, not parameters: of several samples the best are kept (globally), then
 each climbs Q by a few steps (locally). The policy learns to imitate what comes out, and the critic
@@ -13,16 +13,18 @@ backs up the same optimised actions. Diffusion, tokens or a Gaussian: the algori
                  pi(s)
     local step   a'      = clip(a + ascent_rate * grad_a mean_i Q_i(s, a)), ascent_steps times for
                  each a in A_k(s); of all its positions the best by mean_i Q_i stays
-    select       pi*(a | s) = softmax over A_k(s) of mean_i Q_i(s, a), or the best one
+    select       pi*(a | s) = softmax of mean_i Q_i(s, a') over the actions a' of A_k(s) after their
+                 local steps, or the best one
     actor        L_pi    = E[ the policy's own loss of a* in s ], a* ~ pi*(s), where the data's
                  action has taken the place of the worst kept one before the local steps
-    critic       L_Q     = E[ error(Q_i(s, a), r + discount * max_j min_k Qtarget_k(s', a*_j)) ]
-                 + cql_alpha * D, a*_j ~ pi*(s'), over all critics i and a random pair of them, k
+    critic       L_Q     = E[ error(Q_i(s, a), r + discount * max_j min_n Qtarget_n(s', a*_j)) ]
+                 + cql_alpha * D, a*_j ~ pi*(s'), over all critics i; n: a random pair of them,
+                 drawn for the target and for D
     value error  error(Q, y) = (Q - y)^2, or the cross-entropy between Q's histogram and a Gaussian
                  around y (HL-Gauss)
-    difference   D       = E[ log mean_j exp Q_k(s, a_j) - Q_k(s, a) ], Cal-QL's: a_j uniform, from
-                 pi*(s'), pi*(s) and the data, max(Q_k, Monte-Carlo return) for those of pi*
-    value        L_V     = E[ |expectile - 1(u < 0)| u^2 ], u = min_k Qtarget_k(s, a) - V(s), and
+    difference   D       = E[ log mean_j exp Q_n(s, a_j) - Q_n(s, a) ], Cal-QL's: a_j uniform, from
+                 pi*(s'), pi*(s) and the data, max(Q_n, Monte-Carlo return) for those of pi*
+    value        L_V     = E[ |expectile - 1(u < 0)| u^2 ], u = min_n Qtarget_n(s, a) - V(s), and
                  V(s') in the critic's target, with --critic iql; no difference, nor with rlpd
 
     python algorithms/pa_rl.py                                    # the dataset in this repository
@@ -36,19 +38,23 @@ Deviations from the authors' code (github.com/MaxSobolMark/PolicyAgnosticRL):
     takes the best one (--target-selection argmax).
  2. The optimised actions of s and s' are computed once per batch; the release does it three times.
     Copies of one best action count in the difference by their number, not by being evaluated.
- 3. Masks are those of the data, not read off the rewards: the same where success ends an episode,
-    which it does not in Minari's kitchen sets.
+ 3. The data are Minari's, and masks are theirs, not read off the rewards: the same where success
+    ends an episode, which it does not in D4RL/kitchen, D4RL/antmaze and D4RL/pointmaze.
  4. A failed online episode has the return of endless failure, as in Cal-QL, not its finite sum.
  5. A histogram's target outside its range counts as the nearest end.
  6. Critics are drawn with replacement, but all of them count where there are no more than are
     drawn, as on a CPU.
  7. The tokens are sampled with fresh noise per dimension and without dropout; the release keeps the
     noise and leaves dropout on.
- 8. Before the critic's first update the policy itself acts, and imitates the data (--critic rlpd).
+ 8. With --critic rlpd the policy itself acts, and imitates the data, until the first episode's
+    critic updates.
  9. Evaluation draws its noise from the observations, so that it can be repeated.
 10. Online time is counted in environment steps, not in episodes.
-11. Output layers are initialised like hidden ones, not with 1e-2.
-12. The Gaussian's settings, the presets of Adroit, MuJoCo and PointMaze (the first two with a
+11. Of the layers that the authors initialise with 1e-2 only the critics' outputs are; V's, the
+    policies' and the critics' last hidden one (LayerNorm rescales it) like other hidden layers.
+12. With --critic iql, whose release does not run, V is an MLP without LayerNorm and learns before Q
+    from a random pair of critics.
+13. The Gaussian's settings, the presets of Adroit, MuJoCo and PointMaze (the first two with a
     scalar Q, as their returns have no known bound) and the short default run are ours; kitchen's
     online learning rate, the diffusion's, holds for every class. No images, no OpenVLA.
 """
@@ -178,7 +184,7 @@ class Config:
     value_bins: int = 0  # of the histogram that stands for Q; 0: a scalar and squared errors
     value_min: float = -100.0  # lower end of the histogram
     value_max: float = 0.0  # upper end of the histogram
-    value_std: float = 0.75 * 2**0.5  # of a target (bins): 0.75, as widened in the authors' code
+    value_std: float = 0.75 * 2**0.5  # of a target, in bins: 0.75, which the authors' code widens
     cql_alpha: float = 0.005  # weight of the difference
     num_actions: int = 10  # actions of each of the three sources, per state
     offline_ratio: float = 0.5  # of a critic's online batch; negative: all rows equally likely
@@ -258,9 +264,11 @@ METRICS = {  # every column of metrics.csv that is the algorithm's own, with its
     "q": "mean Q of the batch; below the discounted return, never far above",
     "below_return": "share of the policy's actions whose Q is below the Monte-Carlo return: lifted "
     "to it, without gradient",
-    "base_q": "mean Q of the policy's samples; below kept_q; online it rises towards it",
+    "base_q": "mean Q of the policy's samples; below kept_q; online it rises towards it; with "
+    "--critic iql this and the next three are distillation's, online only",
     "kept_q": "mean Q of the best of them; the gap to base_q is what the global step gains",
-    "optimised_q": "mean Q after the local steps; never below kept_q",
+    "optimised_q": "mean Q after the local steps; never below kept_q, save where the data's action "
+    "has replaced the worst one (--critic iql)",
     "moved": "mean change of an action's dimension by the local steps; far below 1",
 }
 
@@ -272,6 +280,12 @@ def orthogonal(key, shape, dtype=jnp.float32):
     batched QR can wait for itself for ever where there are few cores."""
     draw = partial(nn.initializers.orthogonal(2**0.5), shape=shape, dtype=dtype)
     return jax.custom_batching.sequential_vmap(draw)(key)
+
+
+def near_zero(key, shape, dtype=jnp.float32):
+    """Orthogonal initialisation with gain 1e-2: a critic that has learnt nothing of some actions
+    prefers none of them. With sqrt(2) the search would find its noise."""
+    return orthogonal(key, shape, dtype) * (1e-2 / 2**0.5)
 
 
 class MLP(nn.Module):
@@ -404,7 +418,7 @@ class SwishCritic(nn.Module):
     def __call__(self, observations, actions):
         inputs = jnp.concatenate([observations, actions], axis=-1)  # (B, O + A)
         features = MLP(self.hidden_dims, layer_norm=True, activation=nn.swish)(inputs)  # (B, H)
-        return nn.Dense(self.num_outputs, kernel_init=orthogonal)(features)  # (B, Z)
+        return nn.Dense(self.num_outputs, kernel_init=near_zero)(features)  # (B, Z)
 
 
 # --------------------------------------------------------------------------------------- Policies
@@ -619,11 +633,14 @@ def fine_tuning_optimiser(config):
 
 
 def restart_optimisers(state, config):
-    """The agent at the switch: both optimisers start anew, the policy's with its online rate."""
+    """The agent at the switch: all optimisers start anew, the policy's with its online rate."""
     tx = fine_tuning_optimiser(config)
     actor = state.actor.replace(tx=tx, opt_state=jax.vmap(tx.init)(state.actor.params))
     opt_state = jax.vmap(state.critic.tx.init)(state.critic.params)
-    return state.replace(actor=actor, critic=state.critic.replace(opt_state=opt_state))
+    critic = state.critic.replace(opt_state=opt_state)
+    opt_state = jax.vmap(state.value.tx.init)(state.value.params)
+    value = state.value.replace(opt_state=opt_state)
+    return state.replace(actor=actor, critic=critic, value=value)
 
 
 # ---------------------------------------------------------------------------- Action optimisation
@@ -701,7 +718,7 @@ def select(actions, q, key, selection, num_actions):
 
 
 # ----------------------------------------------------------------------------------------- Losses
-# Each takes first the parameters it differentiates, and returns (loss, metrics).
+# A loss takes first the parameters it differentiates, and returns (loss, metrics).
 
 
 def actor_loss(params, state, observations, actions, key):
@@ -737,8 +754,8 @@ def random_members(params, key, config):
 
 
 def backup_targets(state, batch, actions, key, config):
-    """The backup's targets (B,): of pi*'s next actions (M, B, A) the one with the largest
-    min_i Q_i; with --critic iql of V."""
+    """The backup's targets (B,): from pi*'s next actions (M, B, A) the one with the largest minimum
+    over a random pair of target critics; with --critic iql, V of the next observation."""
     if config.critic == "iql":
         next_v = state.value.apply_fn(state.value.params, batch.next_observations)  # (B,)
     else:
@@ -749,9 +766,10 @@ def backup_targets(state, batch, actions, key, config):
 
 
 def conservative_difference(params, state, batch, own, following, key, config):
-    """Cal-QL's difference D, a scalar: a soft maximum of Q over uniform actions, pi*'s own and
-    following ones (M, B, A) and the data's, minus Q of the data; pi*'s count no less than the
-    Monte-Carlo return. A best action stands for num_actions copies of itself."""
+    """Cal-QL's difference D: a soft maximum of Q over uniform actions, pi*'s own and following ones
+    (M, B, A) and the data's, minus Q of the data; pi*'s count no less than the Monte-Carlo return.
+    With --target-selection argmax a best action stands for num_actions copies of itself. Returns
+    D and the share of pi*'s actions whose Q is below that return, both scalars."""
     uniform_key, member_key = jax.random.split(key)
     params = random_members(params, member_key, config)
     shape = config.num_actions, *batch.actions.shape
@@ -820,10 +838,13 @@ def distil(state, batch, config):
     """Online: the policy imitates pi*."""
     key, sample_key, select_key, actor_key = jax.random.split(state.key, 4)
     candidates = sample_policy(state, batch.observations, sample_key, config)  # (M, B, A)
-    actions, q, _ = optimise(state, batch.observations, candidates, config, batch.actions)
+    actions, q, search = optimise(state, batch.observations, candidates, config, batch.actions)
     chosen = select(actions, q, select_key, config.distillation_selection, 1)[0]  # (B, A)
-    chosen = jnp.where(state.critic.step > 0, chosen, batch.actions)  # it must know something
-    return imitate(state.replace(key=key), batch.observations, chosen, actor_key, config)
+    # what a critic without any update prefers is noise
+    chosen = jnp.where(state.critic.step > 0, chosen, batch.actions)  # (B, A)
+    state = state.replace(key=key)
+    state, info = imitate(state, batch.observations, chosen, actor_key, config)
+    return state, info | (search if config.critic == "iql" else {})  # others: in their own update
 
 
 def sample_policy(state, observations, key, config):
@@ -1837,6 +1858,9 @@ def check_same_meaning(config):
         mine, its = getattr(config, name), meta["config"][name]
         if mine != its:
             fail(f"--init-from {found}: was made with --{name.replace('_', '-')} {its}, not {mine}")
+    its = meta["config"]["critic"]
+    if config.critic == "iql" and its != "iql":
+        fail(f"--init-from {found}: was made with --critic {its}, and so has no V for --critic iql")
 
 
 def check_value_range(batch, config):
@@ -1888,8 +1912,8 @@ def config_from(text):
 def parse_config(arguments):
     """Command line -> (Config, dataset path, environment specification).
 
-    What counts, weakest first: defaults, preset, the record of the run to resume, flags. A
-    resumed run may only change what is no part of its past.
+    What counts, weakest first: defaults, preset, number and transform of the agents to start from,
+    the record of the run to resume, flags. A resumed run may only change what is not of its past.
     """
     parse = partial(tyro.cli, Config, args=arguments, description=__doc__)
     config = parse()
@@ -1912,14 +1936,18 @@ def parse_config(arguments):
     preset = auto if config.preset == "auto" else config.preset
     if preset not in PRESETS:
         fail(f"--preset {preset}: must be auto or one of {', '.join(PRESETS)}")
-    config = parse(default=dataclasses.replace(Config(), **PRESETS[preset]))
-    config = dataclasses.replace(config, preset=preset)
-    check_config(config)
+    default, its = dataclasses.replace(Config(), **PRESETS[preset]), {}
     if config.init_from:
         _, meta, found = load_own_checkpoint(config.init_from, INIT_FROM)
-        seeds = meta["config"]["num_seeds"]
-        if seeds != config.num_seeds:
-            fail(f"--init-from {found}: has {seeds} seeds, but --num-seeds is {config.num_seeds}")
+        names = ("num_seeds", "normalize_observations", "normalize_returns", "reward_scale",
+                 "reward_shift")
+        its = {name: meta["config"].get(name, False) for name in names if hasattr(config, name)}
+    config = dataclasses.replace(parse(default=dataclasses.replace(default, **its)), preset=preset)
+    check_config(config)
+    for name, needed in its.items():
+        if getattr(config, name) != needed:
+            flag = "--" + name.replace("_", "-")
+            fail(f"--init-from {found}: was made with {flag} {needed}, not {getattr(config, name)}")
     return config, path, spec
 
 

@@ -20,7 +20,7 @@ online the difference is dropped, and --mode says how the collapse is met:
     online actor  L_pi   = the same, if conservative + kl_multiplier * mean|Q| * KL(pi || pi_ref)
     temperature  L_alpha = -temperature * E[ log pi(a | s) + target_entropy ]
     multiplier   L_mult  = -E[ multiplier * cql_alpha * (D - gap) ], offline, with --lagrange
-    kl           L_kl    = -kl_multiplier * (KL - kl_limit), in the conservative mode
+    kl           L_kl    = -kl_multiplier * (KL - kl_limit), if conservative, in L_alpha's place
 
     python algorithms/sac_finetune.py --mode conservative             # pre-trains with CQL first
     python algorithms/sac_finetune.py --mode naive --init-from RUN    # of cql, cal_ql or iql
@@ -29,15 +29,18 @@ online the difference is dropped, and --mode says how the collapse is met:
 Deviations from the authors' code (github.com/zhouzypaul/wsrl, github.com/QinwenLuo/OCR-CFT):
  1. --mode wsrl alone is WSRL's schedule on plain networks, so that all modes can start from one
     agent; the third command above is the published one. The random pair is drawn without
-    replacement, and in the target only, not in the CQL term; the policy's std depends on the
-    state in antmaze, too. Actor and temperature see the last of the critic's minibatches.
+    replacement, by every micro-batch anew, and in the target only, not in the CQL term; the
+    policy's std depends on the state in antmaze, too. Actor and temperature see the last of the
+    critic's minibatches, the temperature the entropy in s, not in s'.
  2. The conservative mode is a reconstruction. From OCR-CFT are the limit's line (0.125 to 2 nats
     over 100k updates) and a multiplier; not its reconstruction and alignment of the critic, the
     penalty in the target, the reference that is the best policy so far (here the pre-trained
     one, or --reference average, with a limit near 0.004), 10 updates per step, or its loss. The
-    multiplier stays in 0.05 ... 100, and weighs the KL against the mean magnitude of Q.
+    multiplier stays in 1e-3 ... 100, and weighs the KL against the mean magnitude of Q; the
+    temperature is held, for the bound may not let the entropy reach its target.
  3. The first 1,000 steps in every other mode are the frozen policy's, too.
- 4. An IQL checkpoint's policy becomes a squashed Gaussian with the same mode, nearly the same std.
+ 4. An IQL checkpoint's policy becomes a squashed Gaussian with the same mode and, where tanh is
+    steep, std (in AntMaze about half of it). Its temperature starts at --initial-temperature, 0.01.
  5. As in cql.py: initialisation, the temperature's loss, the domains' settings.
 """
 
@@ -143,6 +146,7 @@ class Config:
     num_critics: int = 2  # Q-functions
     target_critics: int = 2  # of them, drawn anew for every target: their minimum counts
     layer_norm: bool = False  # in critics and policy
+    initial_temperature: float = 0.01  # of an agent that has none, IQL's
     entropy_per_action: float = -1.0  # target entropy (nats) per action dimension
     # Fine-tuning
     mode: Literal["naive", "mixed", "wsrl", "conservative"] = "naive"  # see above
@@ -217,7 +221,7 @@ RANGES = {  # smallest and largest accepted value
     "critic_updates": (1, 1000), "online_backup_actions": (1, 1000), "kl_limit": (0.0, 1e6),
     "kl_limit_end": (0.0, 1e6), "kl_steps": (1, 10**9), "kl_learning_rate": (0.0, 1.0),
     "target_gap": (-1e6, 1e6), "num_actions": (1, 1000), "backup_actions": (1, 1000),
-    "micro_batches": (1, 10**6),
+    "micro_batches": (1, 10**6), "initial_temperature": (1e-9, 1e6),
 }
 
 INIT_FROM = ("cql", "cal_ql", "iql")  # scripts whose checkpoints --init-from takes
@@ -228,11 +232,11 @@ METRICS = {  # every column of metrics.csv that is the algorithm's own, with its
     "multiplier": "of the difference (1 without --lagrange); rises while it is above target_gap",
     "q": "mean Q of the batch; below the discounted return, never far above",
     "below_return": "share of the policy's actions whose Q is below the Monte-Carlo return: what "
-    "Cal-QL lifts; near 1 after much conservatism",
+    "Cal-QL lifts; near 1 after much conservatism, and at first where returns are positive",
     "actor_loss": "temperature * log pi - Q; falls as q rises",
     "entropy": "-log pi of the policy's own actions (nats); settles at the target entropy",
     "temperature_loss": "near 0 once the entropy is at its target",
-    "temperature": "price of a nat of entropy; falls from 1",
+    "temperature": "price of a nat of entropy; falls from 1; held online in the conservative mode",
     "kl": "of the policy from its reference (nats), conservative mode; at most about kl_limit",
     "kl_multiplier": "of the KL; rises while it is above the limit",
     "offline_q": "online: mean Q of dataset rows; falls when the critic forgets them",
@@ -584,8 +588,8 @@ def begin_online(state):
 
 
 def online_update(state, batch, config):
-    """SAC's update: Q and target Q, `critic_updates` times; then pi, temperature, and in the
-    conservative mode the KL's multiplier and reference, on the last minibatch."""
+    """SAC's update: Q and target Q, `critic_updates` times; then pi and, on the same minibatch, the
+    temperature, in the conservative mode the KL's multiplier and reference instead."""
     minibatches = jax.tree.map(
         lambda x: x.reshape(config.critic_updates, config.batch_size, *x.shape[1:]), batch
     )  # (U, B, ...)
@@ -605,10 +609,11 @@ def online_update(state, batch, config):
     inputs = state, actor_info["entropy"], batch.actions.shape[-1], config
     temperature, temperature_info = gradient_step(state.temperature, temperature_loss, *inputs)
     if config.mode == "conservative":
+        temperature = state.temperature  # held: the bound may exclude the target entropy
         inputs = state, actor_info["kl"], config
         kl_multiplier, _ = gradient_step(state.kl_multiplier, kl_loss, *inputs)
-        bounded = jax.tree.map(lambda x: jnp.clip(x, -3.0, 4.6), kl_multiplier.params)
-        kl_multiplier = kl_multiplier.replace(params=bounded)  # 0.05 ... 100: it has to turn round
+        bounded = jax.tree.map(lambda x: jnp.clip(x, -6.9, 4.6), kl_multiplier.params)
+        kl_multiplier = kl_multiplier.replace(params=bounded)  # 1e-3 ... 100: it has to turn round
         reference = state.reference_params
         if config.reference == "average":
             reference = optax.incremental_update(actor.params, reference, config.tau)
@@ -1477,7 +1482,9 @@ def adopt_agent(run, source):
     fresh, lacking = named_arrays(to_host(run.shards), "state"), ["kl_multiplier", "reference"]
     mine = arrays
     if meta["script"] == "iql":
-        mine = squashed(arrays, fresh)
+        mine, name = squashed(arrays, fresh), "state/temperature/params/params/log_temperature"
+        # SAC's usual 1 pays more for entropy than Q differs between actions: all would be forgotten
+        fresh[name] = np.full_like(fresh[name], np.log(run.config.initial_temperature))
         lacking += ["actor/step", "actor/opt_state", "temperature", "multiplier", "key"]
     lacking = tuple(f"state/{name}" for name in lacking)
     fresh = {name: x for name, x in fresh.items() if name.startswith(lacking)}
@@ -1541,8 +1548,8 @@ def config_from(text):
 def parse_config(arguments):
     """Command line -> (Config, dataset path, environment specification).
 
-    What counts, weakest first: defaults, preset, the record of the run to resume, flags. A
-    resumed run may only change what is no part of its past.
+    What counts, weakest first: defaults, preset, number and transform of the agents to start from,
+    the record of the run to resume, flags. A resumed run may only change what is not of its past.
     """
     parse = partial(tyro.cli, Config, args=arguments, description=__doc__)
     config = parse()
@@ -1565,14 +1572,18 @@ def parse_config(arguments):
     preset = auto if config.preset == "auto" else config.preset
     if preset not in PRESETS:
         fail(f"--preset {preset}: must be auto or one of {', '.join(PRESETS)}")
-    config = parse(default=dataclasses.replace(Config(), **PRESETS[preset]))
-    config = dataclasses.replace(config, preset=preset)
-    check_config(config)
+    default, its = dataclasses.replace(Config(), **PRESETS[preset]), {}
     if config.init_from:
         _, meta, found = load_own_checkpoint(config.init_from, INIT_FROM)
-        seeds = meta["config"]["num_seeds"]
-        if seeds != config.num_seeds:
-            fail(f"--init-from {found}: has {seeds} seeds, but --num-seeds is {config.num_seeds}")
+        names = ("num_seeds", "normalize_observations", "normalize_returns", "reward_scale",
+                 "reward_shift")
+        its = {name: meta["config"].get(name, False) for name in names if hasattr(config, name)}
+    config = dataclasses.replace(parse(default=dataclasses.replace(default, **its)), preset=preset)
+    check_config(config)
+    for name, needed in its.items():
+        if getattr(config, name) != needed:
+            flag = "--" + name.replace("_", "-")
+            fail(f"--init-from {found}: was made with {flag} {needed}, not {getattr(config, name)}")
     return config, path, spec
 
 
@@ -1928,7 +1939,7 @@ def finished_episodes(run):
 
 @jax.jit
 def mean_q(state, rows, sizes):
-    """Mean Q (S,) of 1,000 of the first `sizes` (S,) rows (S, C, ...), the same ones each time."""
+    """Mean Q (S,) of 1,000 of the first `sizes` (S,) rows (S, C, ...), drawn alike each time."""
 
     def one_seed(state, rows, size):
         batch = sample(rows, size, jax.random.PRNGKey(0), 1000)

@@ -1,9 +1,10 @@
 """TD3-C: fine-tune a TD3+BC agent with TD3, while the policy may only move slowly.
 
 After the switch plain TD3 improves fast, but it may collapse first: the critic is right where the
-data were, and the policy leaves. Here each step of the policy is bounded: it may be no further than
-epsilon, in mean squared action, from a reference policy, by default a slow average of itself, which
-bounds its speed and not where it gets to. A multiplier is the price of the distance, and is learnt.
+data were, and the policy leaves. Here it may be no further than epsilon, in mean squared action,
+from a reference policy, by default a slow average of itself, which bounds its speed and not where
+it gets to. A learnt multiplier is the price of the distance: it needs time, so that the bound holds
+on average and not in every step, and in the first ones not at all.
 
 This is a RECONSTRUCTION of the conservative policy optimisation of
     Luo, Kay, Grefenstette, Deisenroth: Finetuning from Offline RL, arXiv 2303.17396
@@ -33,7 +34,8 @@ Deviations from the authors' code (there is none: from the code of its neighbour
     its target, softplus for exp, and no more weight for violations than for slack.
  3. PROTO (arXiv 2305.15669), the annealed multiplier: TD3+BC before it, not XQL; no penalty in
     the critic's target; 0.8 Q-weights, as its 2 stands beside 2.5 Q / mean|Q|.
- 4. As in td3_bc.py: what happens at the switch, initialisation, the domains' settings.
+ 4. As in td3_bc.py: what happens at the switch, initialisation, the domains' settings, the clipped
+    actions, the last rows of cut trajectories.
 """
 
 # /// script
@@ -191,7 +193,8 @@ METRICS = {  # every column of metrics.csv that is the algorithm's own, with its
     "q": "mean Q of the batch; near or above the dataset's discounted return, never far above",
     "actor_loss": "imitation - q_weight * Q over its mean magnitude; near -q_weight or q_weight, "
     "online without imitation near -1 or 1: the sign of Q",
-    "constraint": "D, mean squared distance from the reference policy; about epsilon, or below",
+    "constraint": "D, mean squared distance from the reference policy; epsilon or a few times it; "
+    "the square root is per action dimension: 0.01 for 1e-4",
     "multiplier": "price of D; rises while D is above epsilon; annealed: falls to 0",
     "imitation": "mean squared distance of the policy's actions from the batch's; falls, then flat",
     "offline_q": "online: mean Q of dataset rows; falls when the critic forgets them",
@@ -1312,8 +1315,8 @@ def config_from(text):
 def parse_config(arguments):
     """Command line -> (Config, dataset path, environment specification).
 
-    What counts, weakest first: defaults, preset, the record of the run to resume, flags. A
-    resumed run may only change what is no part of its past.
+    What counts, weakest first: defaults, preset, number and transform of the agents to start from,
+    the record of the run to resume, flags. A resumed run may only change what is not of its past.
     """
     parse = partial(tyro.cli, Config, args=arguments, description=__doc__)
     config = parse()
@@ -1336,14 +1339,18 @@ def parse_config(arguments):
     preset = auto if config.preset == "auto" else config.preset
     if preset not in PRESETS:
         fail(f"--preset {preset}: must be auto or one of {', '.join(PRESETS)}")
-    config = parse(default=dataclasses.replace(Config(), **PRESETS[preset]))
-    config = dataclasses.replace(config, preset=preset)
-    check_config(config)
+    default, its = dataclasses.replace(Config(), **PRESETS[preset]), {}
     if config.init_from:
         _, meta, found = load_own_checkpoint(config.init_from, INIT_FROM)
-        seeds = meta["config"]["num_seeds"]
-        if seeds != config.num_seeds:
-            fail(f"--init-from {found}: has {seeds} seeds, but --num-seeds is {config.num_seeds}")
+        names = ("num_seeds", "normalize_observations", "normalize_returns", "reward_scale",
+                 "reward_shift")
+        its = {name: meta["config"].get(name, False) for name in names if hasattr(config, name)}
+    config = dataclasses.replace(parse(default=dataclasses.replace(default, **its)), preset=preset)
+    check_config(config)
+    for name, needed in its.items():
+        if getattr(config, name) != needed:
+            flag = "--" + name.replace("_", "-")
+            fail(f"--init-from {found}: was made with {flag} {needed}, not {getattr(config, name)}")
     return config, path, spec
 
 
@@ -1704,7 +1711,7 @@ def finished_episodes(run):
 
 @jax.jit
 def mean_q(state, rows, sizes):
-    """Mean Q (S,) of 1,000 of the first `sizes` (S,) rows (S, C, ...), the same ones each time."""
+    """Mean Q (S,) of 1,000 of the first `sizes` (S,) rows (S, C, ...), drawn alike each time."""
 
     def one_seed(state, rows, size):
         batch = sample(rows, size, jax.random.PRNGKey(0), 1000)
@@ -1735,7 +1742,7 @@ def online_chunk_with_q(run, num_steps):
 @jax.jit
 def distance_to_offline(state, rows, sizes):
     """Root mean square distance (S,) of the policy from the one at the switch, in 1,000 of the
-    first `sizes` (S,) rows (S, C, ...), the same ones each time."""
+    first `sizes` (S,) rows (S, C, ...), drawn alike each time."""
 
     def one_seed(state, rows, size):
         observations = sample(rows, size, jax.random.PRNGKey(0), 1000).observations  # (1000, O)

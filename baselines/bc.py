@@ -906,8 +906,8 @@ def config_from(text):
 def parse_config(arguments):
     """Command line -> (Config, dataset path, environment specification).
 
-    What counts, weakest first: defaults, preset, the record of the run to resume, flags. A
-    resumed run may only change what is no part of its past.
+    What counts, weakest first: defaults, preset, number and transform of the agents to start from,
+    the record of the run to resume, flags. A resumed run may only change what is not of its past.
     """
     parse = partial(tyro.cli, Config, args=arguments, description=__doc__)
     config = parse()
@@ -930,14 +930,18 @@ def parse_config(arguments):
     preset = auto if config.preset == "auto" else config.preset
     if preset not in PRESETS:
         fail(f"--preset {preset}: must be auto or one of {', '.join(PRESETS)}")
-    config = parse(default=dataclasses.replace(Config(), **PRESETS[preset]))
-    config = dataclasses.replace(config, preset=preset)
-    check_config(config)
+    default, its = dataclasses.replace(Config(), **PRESETS[preset]), {}
     if config.init_from:
         _, meta, found = load_own_checkpoint(config.init_from, INIT_FROM)
-        seeds = meta["config"]["num_seeds"]
-        if seeds != config.num_seeds:
-            fail(f"--init-from {found}: has {seeds} seeds, but --num-seeds is {config.num_seeds}")
+        names = ("num_seeds", "normalize_observations", "normalize_returns", "reward_scale",
+                 "reward_shift")
+        its = {name: meta["config"].get(name, False) for name in names if hasattr(config, name)}
+    config = dataclasses.replace(parse(default=dataclasses.replace(default, **its)), preset=preset)
+    check_config(config)
+    for name, needed in its.items():
+        if getattr(config, name) != needed:
+            flag = "--" + name.replace("_", "-")
+            fail(f"--init-from {found}: was made with {flag} {needed}, not {getattr(config, name)}")
     return config, path, spec
 
 

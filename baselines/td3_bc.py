@@ -28,6 +28,8 @@ Deviations from the authors' code (github.com/sfujim/TD3_BC):
     magnitude is at least 1e-6: rewards may all be 0.
  3. Orthogonal initialisation as in the other scripts here, where theirs is PyTorch's default.
  4. Rewards, presets and evaluation outside of MuJoCo are ours; theirs are for MuJoCo only.
+ 5. Actions are clipped to 1 - 1e-5, as in all scripts here. The last row of a trajectory that was
+    cut off stays where its next observation is known; D4RL's reader drops it.
 """
 
 # /// script
@@ -1245,8 +1247,8 @@ def config_from(text):
 def parse_config(arguments):
     """Command line -> (Config, dataset path, environment specification).
 
-    What counts, weakest first: defaults, preset, the record of the run to resume, flags. A
-    resumed run may only change what is no part of its past.
+    What counts, weakest first: defaults, preset, number and transform of the agents to start from,
+    the record of the run to resume, flags. A resumed run may only change what is not of its past.
     """
     parse = partial(tyro.cli, Config, args=arguments, description=__doc__)
     config = parse()
@@ -1269,14 +1271,18 @@ def parse_config(arguments):
     preset = auto if config.preset == "auto" else config.preset
     if preset not in PRESETS:
         fail(f"--preset {preset}: must be auto or one of {', '.join(PRESETS)}")
-    config = parse(default=dataclasses.replace(Config(), **PRESETS[preset]))
-    config = dataclasses.replace(config, preset=preset)
-    check_config(config)
+    default, its = dataclasses.replace(Config(), **PRESETS[preset]), {}
     if config.init_from:
         _, meta, found = load_own_checkpoint(config.init_from, INIT_FROM)
-        seeds = meta["config"]["num_seeds"]
-        if seeds != config.num_seeds:
-            fail(f"--init-from {found}: has {seeds} seeds, but --num-seeds is {config.num_seeds}")
+        names = ("num_seeds", "normalize_observations", "normalize_returns", "reward_scale",
+                 "reward_shift")
+        its = {name: meta["config"].get(name, False) for name in names if hasattr(config, name)}
+    config = dataclasses.replace(parse(default=dataclasses.replace(default, **its)), preset=preset)
+    check_config(config)
+    for name, needed in its.items():
+        if getattr(config, name) != needed:
+            flag = "--" + name.replace("_", "-")
+            fail(f"--init-from {found}: was made with {flag} {needed}, not {getattr(config, name)}")
     return config, path, spec
 
 
@@ -1637,7 +1643,7 @@ def finished_episodes(run):
 
 @jax.jit
 def mean_q(state, rows, sizes):
-    """Mean Q (S,) of 1,000 of the first `sizes` (S,) rows (S, C, ...), the same ones each time."""
+    """Mean Q (S,) of 1,000 of the first `sizes` (S,) rows (S, C, ...), drawn alike each time."""
 
     def one_seed(state, rows, size):
         batch = sample(rows, size, jax.random.PRNGKey(0), 1000)
@@ -1668,7 +1674,7 @@ def online_chunk_with_q(run, num_steps):
 @jax.jit
 def distance_to_offline(state, rows, sizes):
     """Root mean square distance (S,) of the policy from the one at the switch, in 1,000 of the
-    first `sizes` (S,) rows (S, C, ...), the same ones each time."""
+    first `sizes` (S,) rows (S, C, ...), drawn alike each time."""
 
     def one_seed(state, rows, size):
         observations = sample(rows, size, jax.random.PRNGKey(0), 1000).observations  # (1000, O)

@@ -11,22 +11,27 @@ written, from the records. A run that is missing, or failed, is counted and has 
 The three factors are those of arXiv 2303.17396, the protocol ours. Not every algorithm with every
 replay: TD3 and TD3-C, from the same agents, have all three, so that what the constraint does and
 what the replay does can be told apart. The others have one each: SAC naive and mixed differ in
-nothing else, WSRL is to do without the dataset, IQL appends, Cal-QL halves. The first 1,000 steps
-are without updates; WSRL's 5,000 are its idea; IQL and Cal-QL update from the first step. Left out
-of the protocol: agents trained from scratch, medium-expert and random data, five seeds for three,
-100,000 steps for 50,000.
+nothing else, WSRL is to do without the dataset, IQL appends, Cal-QL halves, TD3+BC, too. The first
+1,000 steps are without updates; WSRL's 5,000, and its 4 critic updates a step, are its idea; IQL
+updates from the first step. TD3's family begins online with fresh optimisers, the others carry
+theirs; SAC's KL bound also holds the temperature. Left out of the protocol: agents trained from
+scratch, REDQ, medium-expert and random data, five seeds for three, 100,000 steps for 50,000.
 
 Of each run, in points of score:
 
     offline    the evaluation at the switch
     depth      offline - the lowest evaluation of the online steps 1 ... 25,000
-    recovered  the first step after that lowest one whose evaluation is at least offline
+    fell       whether the depth is more than a fifth of offline: less may be an evaluation's noise
+    recovered  of a run that fell: the first step after that lowest one whose evaluation is at least
+               offline
     final      the last evaluation
     area       mean height of the curve, from the switch to the end, by trapezoids
+    distance   of the last policy from the offline one on the states met online, root mean square
+               per action dimension (TD3's family)
 
 Where the protocol leaves it open: the depth is not clipped, and below 0 says that the run was never
-as low; such a run has nothing to recover from, and is not counted among those that recover or do
-not. The area is divided by the steps: it is to be compared with the offline score.
+as low. The area is divided by the steps: it is to be compared with the offline score. TD3 and TD3-C
+are also compared seed by seed, as every pair starts from one agent.
 """
 
 import argparse
@@ -44,6 +49,7 @@ from matplotlib.ticker import EngFormatter
 HOME = report.ROOT / "results"
 MATRIX = HOME / "collapse.toml"
 WINDOW = 25_000  # online steps in which a collapse is looked for: it is early, or there is none
+FALL = 0.2  # share of the offline score that is lost in a fall
 ROWS = {  # entry of collapse.toml: (whose offline agents, algorithm online, replay)
     "collapse-td3_bc": ("TD3+BC", "TD3+BC", "half"),
     "collapse-td3-online": ("TD3+BC", "TD3", "online"),
@@ -73,48 +79,76 @@ def measures(run):
     points = [(step, value) for step, value in run["points"]["online"] if step > 0]
     lowest_at, lowest = min((p for p in points if p[0] <= WINDOW), key=lambda point: point[1])
     again = (step for step, value in points if step > lowest_at and value >= offline)
+    fell = offline - lowest > FALL * offline
     steps, values = zip((0, offline), *points, strict=True)
     return {
         "offline": offline,
         "depth": offline - lowest,
-        "recovered": next(again, None) if lowest < offline else None,
+        "fell": fell,
+        "recovered": next(again, None) if fell else None,
         "final": values[-1],
         "area": float(np.trapezoid(values, steps)) / steps[-1],
+        "distance": run.get("distance"),
     }
 
 
 def recovery(found):
-    """The table's words on the measures of several runs: when, and how many of those that fell."""
-    fell = [each["recovered"] for each in found if each["depth"] > 0]
-    if not fell:
-        return "never below" if found else "-"
-    back = [step for step in fell if step is not None]
-    return f"{report.show(back)} ({len(back)} of {len(fell)})" if back else f"none of {len(fell)}"
+    """The table's words on the measures of several runs: how many fell, and when each was back."""
+    fell = [each["recovered"] for each in found if each["fell"]]
+    steps = [f"{step:,.0f}" for step in sorted(step for step in fell if step is not None)]
+    steps += ["never"] * fell.count(None)
+    return f"{len(fell)} of {len(found)}" if found else "-", "; ".join(steps) or "-"
+
+
+def differences(groups):
+    """{(dataset, replay): {measure: TD3-C minus TD3, one value per seed that has both}}."""
+    found = {}
+    for (dataset, entry), (runs, _) in groups.items():
+        _, algorithm, replay = ROWS[entry]
+        if algorithm in ("TD3", "TD3-C"):
+            mine = {run["seed"]: measures(run) for run in runs}
+            found.setdefault((dataset, replay), {})[algorithm] = mine
+    return {key: {name: [two["TD3-C"][seed][name] - two["TD3"][seed][name]
+                         for seed in sorted(set(two["TD3"]) & set(two["TD3-C"]))]
+                  for name in ("depth", "final", "area")} for key, two in found.items()}
 
 
 # ---------------------------------------------------------------------------------------- Records
 
 
 def read_study(folder, profile):
-    """({(dataset, entry): (runs that finished, number of runs planned)}, failures in words)."""
+    """({(dataset, entry): (runs that finished, number of runs planned)}, failures in words,
+    {script: number of its versions that made runs})."""
     records = report.read_records(folder)
     trials = sweep.read_matrix(MATRIX, profile, Path("data"), Path("runs"))
     if not trials:
         sys.exit(f"{MATRIX.name} has no runs for --profile {profile}")
-    groups, names = {}, [f"{profile}/{trial.name}" for trial in trials]
+    groups, versions, names = {}, {}, [f"{profile}/{trial.name}" for trial in trials]
     for name, trial in zip(names, trials, strict=True):
         entry, dataset, _ = trial.name.split("/")
         if name in records:
             check_made(name, records[name], trial)
+            hashes = {start["script_sha256"] for start in records[name]["starts"]}
+            versions.setdefault(records[name]["versions"]["script"], set()).update(hashes)
         if entry in ROWS:
             runs = report.runs_of(name, records[name]) if name in records else []
+            for run in runs:
+                run["distance"] = last_distance(records[name]["curve"], run["seed"])
             finished, planned = groups.setdefault((dataset, entry), ([], 0))
             finished += [run for run in runs if run["ended"] == "finished"]
             groups[dataset, entry] = finished, planned + 1
     failed = [text for text in report.failures(records, folder) if text.split(":")[0] in names]
     datasets, rows = list(dict.fromkeys(dataset for dataset, _ in groups)), list(ROWS)
     order = sorted(groups, key=lambda key: (datasets.index(key[0]), rows.index(key[1])))
-    return {key: groups[key] for key in order}, failed
+    counts = {script: len(hashes) for script, hashes in sorted(versions.items())}
+    return {key: groups[key] for key in order}, failed, counts
+
+
+def last_distance(curve, seed):
+    """A seed's last distance_to_offline of a record's curve, or None."""
+    column = curve.get("distance_to_offline", [None] * len(curve["seed"]))
+    found = [x for x, s in zip(column, curve["seed"], strict=True) if s == seed and x is not None]
+    return found[-1] if found else None
 
 
 def check_made(name, record, trial):
@@ -139,17 +173,44 @@ def without_paths(command):
 
 def table(groups):
     """All groups in Markdown, a row each."""
-    columns = ("dataset", "agent of", "online", "replay", "finished", "offline", "depth",
-               "recovered at", "final", "area")
+    columns = ("dataset", "agent of", "online", "replay", "finished", "offline", "depth", "fell",
+               "recovered at", "final", "area", "distance")
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for (dataset, entry), (runs, planned) in groups.items():
         found = [measures(run) for run in runs]
         cells = {key: report.show([each[key] for each in found])
-                 for key in ("offline", "depth", "final", "area")} | {"recovered": recovery(found)}
-        shown = [cells[key] for key in ("offline", "depth", "recovered", "final", "area")]
+                 for key in ("offline", "depth", "final", "area", "distance")}
+        cells["fell"], cells["recovered"] = recovery(found)
+        shown = [cells[key] for key in
+                 ("offline", "depth", "fell", "recovered", "final", "area", "distance")]
         lines.append(f"| {' | '.join([dataset, *ROWS[entry], f'{len(runs)} of {planned}', *shown])}"
                      " |")
     return "\n".join(lines)
+
+
+def paired_table(groups):
+    """TD3-C minus TD3, seed by seed, in Markdown: a row per dataset and replay."""
+    lines = ["| dataset | replay | pairs | depth | final | area |", "|---" * 6 + "|"]
+    for (dataset, replay), values in differences(groups).items():
+        if values["area"]:
+            better = (("depth", "less", -1), ("final", "more", 1), ("area", "more", 1))
+            cells = [f"{report.show(values[name], np.median)}; {word} in "
+                     f"{sum(sign * value > 0 for value in values[name])}"
+                     for name, word, sign in better]
+            lines.append(f"| {dataset} | {replay} | {len(values['area'])} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def without_switch(groups):
+    """What the depth is where nothing is switched, in words: of the last eleven offline evaluations
+    of IQL's runs the first minus the lowest of the others."""
+    found = {}
+    for (dataset, entry), (runs, _) in groups.items():
+        for run in runs:
+            values = [value for _, value in run["points"]["offline"]][-11:]
+            if entry == "iql" and len(values) == 11:
+                found.setdefault(dataset, []).append(values[0] - min(values[1:]))
+    return ", ".join(f"{dataset} {report.show(values)}" for dataset, values in found.items())
 
 
 def count(groups):
@@ -203,20 +264,23 @@ ABOUT = """Made by `python results/collapse.py --tables` from the [records](reco
 [`collapse.toml`](collapse.toml); without `--tables` it makes the runs, or goes on with them. What
 the columns mean, and why these combinations: the text at the top of [`collapse.py`](collapse.py).
 In short: the depth is the offline score minus the lowest evaluation of the first 25,000 online
-steps; a run has recovered at the first evaluation after that which is as good as offline (mean over
-those that do, of those that fell); the area is the mean height of the online curve. Means over
-seeds; in brackets the 95 % bootstrap interval, of fewer than 5 seeds the smallest and the largest
-value.
+steps; a run fell if that is more than a fifth of the offline score, and has recovered at the first
+evaluation after the lowest one that is as good as offline; the area is the mean height of the
+online curve; the distance is that of the last policy from the offline one. Means over seeds, in
+brackets the smallest and the largest value (of 5 seeds and more the 95 % bootstrap interval).
 
-A depth of some points is no collapse: it is the smallest of ten evaluations (IQL's: of five) of ten
-episodes each, and the offline score is one such evaluation, too. Where the offline score is low
-there is little to lose. The agents are small (50,000 offline updates of TD3+BC, 20,000 of CQL and
-Cal-QL with 4 sampled actions, 200,000 of IQL), and so are the samples of the data: compare rows
-within a dataset that start from the same agents, not with the literature. ope-hopper-replay has
-360,658 rows, the others about 9,000: wide and narrow data are also large and small here, and after
-25,000 steps the new rows are 74 % of an appended buffer there, but 6.5 % of that one. WSRL does not
-learn before step 5,000, so that two of its ten evaluations are the offline agent's; a run that was
-stopped because a loss was not finite has no row here, which flatters what breaks."""
+A depth of some points is no collapse: it is the smallest of ten evaluations (IQL's: of five) of 30
+episodes each (IQL's: of 10), and the offline score is one such evaluation, too. How large it is
+without any switch stands at the end. Where the offline score is low there is little to lose. The
+agents are small (50,000 offline updates of TD3+BC, 20,000 of CQL and Cal-QL with 4 sampled actions,
+200,000 of IQL), and so are the samples of the data: compare rows within a dataset that start from
+the same agents, not with the literature. ope-hopper-replay has 360,658 rows, the others about
+9,000: wide and narrow data are also large and small here, and after 25,000 steps the new rows are
+74 % of an appended buffer there, but 6.5 % of that one. WSRL does not learn before step 5,000, so
+that two of its ten evaluations are the offline agent's, and then makes four critic updates a step.
+TD3's family begins online with fresh optimisers, which makes the first policy updates large, the
+others carry theirs: compare within a family. A run that was stopped because a loss was not finite
+has no row here, which flatters what breaks."""
 CAPTION = """The switch is at 0, where each curve begins at the offline score. Mean over seeds, and
 from the smallest to the largest of them: solid, half of every batch from the dataset; dashed, new
 transitions only; dotted, all rows equally likely. Above, the agents of TD3+BC; below, those of CQL
@@ -225,16 +289,26 @@ transitions only; dotted, all rows equally likely. Above, the agents of TD3+BC; 
 
 def generate(records, profile, figures):
     """{path: text} of what is generated; the figure is written into `figures`."""
-    groups, failed = read_study(records, profile)
+    groups, failed, versions = read_study(records, profile)
     plot(groups, figures / "collapse.png")
-    body = ["# The collapse study", "", ABOUT, "", f"{count(groups)}; failed: "
-            + ("; ".join(failed) if failed else "none") + ".", "", table(groups), "",
-            "![Online curves](figures/collapse.png)", "", CAPTION, ""]
+    made_by = ", ".join(f"{name} {number}" for name, number in versions.items())
+    body = [
+        "# The collapse study", ABOUT,
+        (f"{count(groups)}; failed: {'; '.join(failed) or 'none'}. Versions of each script that "
+        f"made runs: {made_by}."),
+        table(groups),
+        ("TD3-C minus TD3, seed by seed: the median, in brackets the smallest and the largest, and "
+        "in how many pairs TD3-C lost less, or had more."),
+        paired_table(groups),
+        ("What the depth is without any switch, by the last eleven offline evaluations of IQL: "
+        f"{without_switch(groups)}."),
+        "![Online curves](figures/collapse.png)", CAPTION,
+    ]  # fmt: skip
     shown = {key: group for key, group in groups.items() if group[0]}  # the README shows no holes
     part = f"{count(groups)}.\n\n{table(shown)}"
     readme = (report.ROOT / "README.md").read_text()
     return {
-        HOME / "collapse.md": "\n".join(body),
+        HOME / "collapse.md": "\n\n".join(body) + "\n",
         report.ROOT / "README.md": report.between(readme, "collapse", part),
     }
 

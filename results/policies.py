@@ -89,7 +89,7 @@ def table(runs):
 
 def plot(runs, path):
     """A panel per dataset: the cloned policy, global, global + local, and the end, a point per
-    seed, lines through the means."""
+    seed, lines through the means, broken where there are no runs."""
     rows = rows_of(runs)
     datasets = list(dict.fromkeys(row[0] for row in rows))
     figure, axes = pyplot.subplots(1, max(len(datasets), 1), figsize=(3.3 * len(datasets) + 2, 3.4),
@@ -102,13 +102,10 @@ def plot(runs, path):
             columns = ([run["base"] for run in both], [run["offline"] for run in alone],
                        [run["offline"] for run in both], [run["online"] for run in both])
             color, style = report.COLORS[CLASSES.index(policy)], "-" if critic == "Cal-QL" else "--"
-            known = [(x, each) for x, each in enumerate(columns) if each]
-            if not known:
-                continue
-            (line,) = panel.plot([x for x, _ in known], [np.mean(each) for _, each in known],
-                                 color=color, ls=style, lw=1.5)
+            means = [np.mean(each) if each else np.nan for each in columns]  # NaN: a gap
+            (line,) = panel.plot(means, color=color, ls=style, lw=1.5)
             handles[f"{policy}, {critic}'s critic"] = line
-            for x, each in known:
+            for x, each in enumerate(columns):
                 shift = 0.08 * (i - (len(mine) - 1) / 2)  # equal points stay apart
                 panel.plot([x + shift] * len(each), each, "o", color=color, ms=4, alpha=0.6, mew=0)
         others = [run["offline"] for run in runs.get(("cal_ql", dataset), [])]

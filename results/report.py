@@ -581,7 +581,7 @@ def alike(home, folder, name):
     if not all(path.is_file() for path in paths):
         return False
     one, other = (pyplot.imread(path) for path in paths)
-    return one.shape == other.shape and np.abs(one - other).mean() < 1e-3
+    return one.shape == other.shape and np.abs(one - other).mean() < 1e-4
 
 
 def settle(written, folder, pictures, check):

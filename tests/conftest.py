@@ -14,6 +14,16 @@ ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def few_memory_maps():
+    """XLA keeps every compiled program in mappings of its own: at the kernel's limit, 65,530, it
+    crashed after some 500 tests in one process."""
+    yield
+    maps = Path("/proc/self/maps")
+    if "jax" in sys.modules and maps.is_file() and maps.read_text().count("\n") > 20_000:
+        sys.modules["jax"].clear_caches()  # not imported above: JAX_PLATFORMS has to be set first
+
+
 def load_script(name):
     """A script, for example "algorithms/iql.py", as a module."""
     spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / name)

@@ -220,6 +220,15 @@ BUGS = {
                              FINETUNE, "wsrl_updates"),
     "ft-no-warmup-in-wsrl": (FT, '"wsrl": dict(warmup_steps=5_000', '"wsrl": dict(warmup_steps=0',
                              FINETUNE, "mode_sets and wsrl"),
+    "ft-temperature-learnt-under-the-bound": (
+        FT, "temperature = state.temperature  # held", "temperature = temperature  # held",
+        FINETUNE, "holds_the_policy"),
+    "ft-price-with-a-floor": (FT, "jnp.clip(x, -6.9, 4.6)", "jnp.clip(x, -3.0, 4.6)", FINETUNE,
+                              "become_small"),
+    "ft-iql-with-temperature-1": (FT, "np.log(run.config.initial_temperature)", "0.0", FINETUNE,
+                                  "taken_over and iql"),
+    "ft-records-a-transform-not-used": (FT, "dataclasses.replace(default, **its)", "default",
+                                        FINETUNE, "taken_over and iql"),
     "ft-iql-policy-without-its-mean": (FT, 'kept = f"{prefix}MLP", f"{prefix}Dense"',
                                        'kept = (f"{prefix}MLP",)', FINETUNE, "taken_over"),
     # RLPD
@@ -421,6 +430,11 @@ BUGS = {
     "pa-optimiser-carried": (
         PA, "opt_state = jax.vmap(state.critic.tx.init)(state.critic.params)",
         "opt_state = state.critic.opt_state", AGNOSTIC, "switch"),
+    "pa-values-optimiser-carried": (
+        PA, "opt_state = jax.vmap(state.value.tx.init)(state.value.params)",
+        "opt_state = state.value.opt_state", AGNOSTIC, "switch"),
+    "pa-critic-born-with-preferences": (PA, "kernel_init=near_zero", "kernel_init=orthogonal",
+                                        AGNOSTIC, "fresh_critic"),
     "pa-resumed-with-the-cloning-rate": (
         PA,
         "            run.shards = [s.replace(actor=s.actor.replace(tx=tx)) for s in run.shards]\n",

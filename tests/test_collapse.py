@@ -49,7 +49,11 @@ CURVES = {  # name: (offline, online points, depth, recovered, final, area)
     "as late as the window":
         (60, [(20 * K, 50), (25 * K, 10), (50 * K, 60)], 50, 50 * K, 60, (1100 + 150 + 875) / 50),
     "too late to be a collapse of the switch":
-        (60, [(25 * K, 50), (30 * K, 10), (50 * K, 60)], 10, 50 * K, 60, (1375 + 150 + 700) / 50),
+        (60, [(25 * K, 50), (30 * K, 10), (50 * K, 60)], 10, None, 60, (1375 + 150 + 700) / 50),
+    "too little to be a fall":
+        (60, [(10 * K, 48), (20 * K, 70)], 12, None, 70, (54 + 59) / 2),
+    "a fall of more than a fifth":
+        (60, [(10 * K, 47), (20 * K, 70)], 13, 20 * K, 70, (53.5 + 58.5) / 2),
     "steps that are not equally long":
         (0, [(10 * K, 10), (50 * K, 10)], -10, None, 10, 9),
 }  # fmt: skip
@@ -59,17 +63,18 @@ CURVES = {  # name: (offline, online points, depth, recovered, final, area)
 def test_the_measures_of_a_curve(name, collapse):
     offline, points, depth, recovered, final, area = CURVES[name]
     found = collapse.measures({"offline": offline, "points": {"online": points}})
-    assert found == {"offline": offline, "depth": depth, "recovered": recovered, "final": final,
-                     "area": pytest.approx(area)}  # fmt: skip
+    fell = depth > 0.2 * offline
+    assert found == {"offline": offline, "depth": depth, "fell": fell, "recovered": recovered,
+                     "final": final, "area": pytest.approx(area), "distance": None}  # fmt: skip
 
 
 def test_recoveries_are_of_those_that_fell(collapse):
-    fell = [{"depth": 5, "recovered": step} for step in (10 * K, 20 * K, None)]
-    high = {"depth": -5, "recovered": None}
-    assert collapse.recovery([*fell, high]) == "15000 [10000, 20000] (2 of 3)"
-    assert collapse.recovery([fell[2], high]) == "none of 1"
-    assert collapse.recovery([high]) == "never below"
-    assert collapse.recovery([]) == "-"
+    fell = [{"fell": True, "recovered": step} for step in (20 * K, None, 10 * K)]
+    high = {"fell": False, "recovered": None}
+    assert collapse.recovery([*fell, high]) == ("3 of 4", "10,000; 20,000; never")
+    assert collapse.recovery([fell[1], high]) == ("1 of 2", "never")
+    assert collapse.recovery([high]) == ("0 of 1", "-")
+    assert collapse.recovery([]) == ("-", "-")
 
 
 # ------------------------------------------------------------------------------------------ Table
@@ -78,6 +83,7 @@ def test_recoveries_are_of_those_that_fell(collapse):
 def put(folder, trial, scores, steps, ended="finished"):
     """Write a record of a trial, with these evaluations; those of the sweep look the same."""
     record = json.loads((RECORDS / "cpu/iql/default/seed0.json").read_text())
+    seed = int(trial.name[-1])
     script = Path(trial.command[0]).name
     record["versions"] |= {"command": trial.command, "script": script}
     record |= {
@@ -85,7 +91,8 @@ def put(folder, trial, scores, steps, ended="finished"):
         "config": {"init_from": trial.after, "name": trial.name},
         "starts": [{"git_commit": "0" * 40, "script_sha256": "0" * 64}],
         "curve": {"phase": ["online"] * len(steps), "step": list(map(float, steps)),
-                  "seed": [int(trial.name[-1])] * len(steps), "return": scores, "score": scores,
+                  "distance_to_offline": [0.1] * (len(steps) - 1) + [0.5 + seed / 10],
+                  "seed": [seed] * len(steps), "return": scores, "score": scores,
                   "updates_per_second": [1.0] * len(steps)},
     }  # fmt: skip
     path = folder / "cpu" / f"{trial.name}.json"
@@ -108,19 +115,25 @@ def records(tmp_path, trials):
 
 
 def test_the_table_shows_what_is_there_and_counts_what_is_not(collapse, records):
-    groups, failed = collapse.read_study(records, "cpu")
+    groups, failed, versions = collapse.read_study(records, "cpu")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]]
             for line in collapse.table(groups).splitlines()[2:]]  # fmt: skip
     assert len(rows) == 4 * len(collapse.ROWS)
     assert [row for row in rows if row[4] != "0 of 3"] == [
         ["hopper-medium", "TD3+BC", "TD3", "half", "2 of 3", "55.0 [50.0, 60.0]",
-         "35.0 [20.0, 50.0]", "50000 (1 of 2)", "55.0 [40.0, 70.0]", "34.4 [31.0, 37.8]"],
-        ["hopper-medium", "TD3+BC", "TD3-C", "half", "1 of 3", "60.0", "-1.00", "never below",
-         "63.0", "62.0"],
+         "35.0 [20.0, 50.0]", "2 of 2", "50,000; never", "55.0 [40.0, 70.0]", "34.4 [31.0, 37.8]",
+         "0.55 [0.50, 0.60]"],
+        ["hopper-medium", "TD3+BC", "TD3-C", "half", "1 of 3", "60.0", "-1.00", "0 of 1", "-",
+         "63.0", "62.0", "0.50"],
     ]  # fmt: skip
     assert all(set(row[5:]) == {"-"} for row in rows if row[4] == "0 of 3")
     assert len(failed) == 1 and "seed2: not finite: q" in failed[0]
     assert collapse.count(groups) == "3 of 156 runs finished"
+    assert versions == {"td3_bc.py": 1, "td3_c.py": 1}
+    assert collapse.differences(groups)["hopper-medium", "half"] == {
+        "depth": [-51], "final": [-7], "area": [pytest.approx(62.0125 - 37.75)]}
+    (row,) = collapse.paired_table(groups).splitlines()[2:]
+    assert row.endswith("| half | 1 | -51.0; less in 1 | -7.00; more in 0 | 24.3; more in 1 |")
 
 
 def test_all_that_is_generated(collapse, records):
@@ -203,7 +216,7 @@ def test_every_run_is_one_that_its_script_takes(collapse, trials):
         if entry in collapse.ROWS:
             assert config.online_steps == 50_000
             assert config.eval_interval == (5_000 if entry == "iql" else 2_500)
-            assert config.eval_episodes == 10
+            assert config.eval_episodes == (10 if entry == "iql" else 30)
             assert replay_of(module, config) == collapse.ROWS[entry][2], entry
         else:
             assert config.online_steps == 0 and entry.endswith("-offline")

@@ -158,6 +158,18 @@ def test_the_price_of_the_kl_rises_above_its_limit(kl, sign, sac_finetune):
     assert signs == [True, False]  # the limit is 2 by now
 
 
+def test_the_price_of_the_kl_can_become_small(sac_finetune):
+    """It is multiplied by mean |Q|: with a floor of 0.05 it was a fixed penalty, never a bound."""
+    script = sac_finetune
+    config = script.Config(**SHAPES, mode="conservative", critic_updates=1)
+    state = fresh(script, config)
+    low = jax.tree.map(lambda x: np.full_like(x, -5.0), state.kl_multiplier.params)
+    state = state.replace(reference_params=state.actor.params,
+                          kl_multiplier=state.kl_multiplier.replace(params=low))  # fmt: skip
+    after, _ = compiled(script, "online_update", config)(state, batch_with_returns(script, 0))
+    assert -5.1 < jax.tree.leaves(after.kl_multiplier.params)[0] < -5.0
+
+
 def bandit(script, rows):
     zeros = np.zeros(len(rows["rewards"]), np.float32)
     fields = ("observations", "actions", "rewards", "next_observations")
@@ -188,7 +200,8 @@ def test_the_conservative_mode_holds_the_policy_and_naive_lets_it_go(sac_finetun
         after = script.mode_actions(first(state), states)
         moved[mode] = np.abs(after - before).max(), np.abs(after[:, 0] - best_action(states)).max()
         if mode == "conservative":
-            assert info["kl"][0] < 0.15
+            assert 0.02 < info["kl"][0] < 0.15  # the bound is used, not only kept
+        assert (float(info["temperature"][0]) == 1.0) == (mode == "conservative")  # held
     assert moved["naive"][1] < 0.15  # it has found the best action
     assert moved["conservative"][0] < 0.5 * moved["naive"][0]
 
@@ -286,7 +299,7 @@ def test_agents_of_other_scripts_are_taken_over(name, request, sac_finetune, pen
               "--preset", "smoke", "--eval-episodes", "3"]  # fmt: skip
     wide = [] if name == "iql" else ["--critic-hidden-dims", "16", "16"]
     done = go(other, tmp_path, [*shapes, *wide, "--offline-steps", "100", "--online-steps", "0",
-                                "--run-dir", "theirs"])
+                                "--reward-scale", "0.5", "--run-dir", "theirs"])
     assert done.code == 0, done.err
     flags = [*shapes, "--critic-hidden-dims", "16", "16", "--online-steps", "20",
              "--log-interval", "20", "--eval-interval", "20", "--init-from", "theirs",
@@ -296,6 +309,13 @@ def test_agents_of_other_scripts_are_taken_over(name, request, sac_finetune, pen
     theirs, ours = table(tmp_path / "theirs")[-1], table(tmp_path / "ours")[0]
     assert (ours["phase"], ours["step"]) == ("online", "0")
     np.testing.assert_allclose(float(ours["return"]), float(theirs["return"]), rtol=1e-4)
+    arrays, meta = load(tmp_path / "ours")
+    leaf = "state/temperature/params/params/log_temperature"
+    begun = np.log(0.01) if name == "iql" else load(tmp_path / "theirs")[0][leaf]
+    np.testing.assert_allclose(arrays[leaf], begun, rtol=1e-6)  # not SAC's usual 1
+    assert meta["config"]["reward_scale"] == 0.5  # what is recorded is what was used
+    refused = go(sac_finetune, tmp_path, [*flags[:-1], "new", "--reward-scale", "3"])
+    assert refused.code == 2 and "was made with --reward-scale 0.5, not 3.0" in refused.err
 
 
 def test_an_agent_of_another_kind_is_refused(sac_finetune, bc, pendulum, tmp_path):

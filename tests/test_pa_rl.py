@@ -377,12 +377,33 @@ def test_distilling_holds_the_critic_and_moves_the_sampled_policy_slowly(script)
     assert max(jax.tree.leaves(moved)) > 1e-3
 
 
+@pytest.mark.parametrize("critic", ["iql", "cal_ql"])
+def test_the_search_is_logged_once(critic, script):
+    """By the critic's update; where that does not search, by distillation."""
+    config = config_of(script, critic=critic)
+    state, batch = agent(script, config), batch_with_returns(script, 0)
+    logged = [jax.eval_shape(partial(update, config=config), state, batch)[1]
+              for update in (script.distil, script.update_step)]  # fmt: skip
+    names = {"base_q", "kept_q", "optimised_q", "moved"}
+    assert [names <= set(info) for info in logged] == [critic == "iql", critic != "iql"]
+    assert [bool(names & set(info)) for info in logged] == [critic == "iql", critic != "iql"]
+
+
+def test_a_fresh_critic_prefers_no_action(script):
+    """The search would find the noise of its initialisation, offline and for long."""
+    config = config_of(script, value_bins=0, critic_hidden_dims=(64, 64))
+    state = script.create_agent_state(jax.random.PRNGKey(0), OBS, A, config)
+    q = script.ensemble_q(state, observations_of(0), actions_of(0, 64), config)  # (64, B)
+    assert 0 < np.std(q, axis=0).mean() < 0.01
+
+
 def test_what_is_distilled(script):
     """pi*'s actions; but the batch's own while the critic knows nothing."""
     config, seen = config_of(script, distillation_selection="argmax"), []
     state, batch = agent(script, config), batch_of(script, 0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(script, "imitate", lambda state, s, actions, *rest: seen.append(actions))
+        seen_by = lambda state, s, actions, *rest: (state, seen.append(actions) or {})  # noqa: E731
+        patch.setattr(script, "imitate", seen_by)
         for step in (0, 1):
             critic = state.critic.replace(step=np.int32(step))
             script.distil(state.replace(critic=critic), batch, config)
@@ -809,15 +830,16 @@ def test_killed_and_resumed_to_the_same_bits(name, number, reused, flags, whole,
     assert_same_run(tmp_path / "run", whole[0])
 
 
-def test_at_the_switch_both_optimisers_start_anew(script):
+def test_at_the_switch_all_optimisers_start_anew(script):
     config = config_of(script, policy_learning_rate=7e-4, policy_warmup=4)
     state = jax.tree.map(lambda x: x[None], agent(script, config))
-    full = jax.tree.map(np.ones_like, (state.actor.opt_state, state.critic.opt_state))
-    state = state.replace(actor=state.actor.replace(opt_state=full[0]),
-                          critic=state.critic.replace(opt_state=full[1]))  # fmt: skip
+    for name in ("actor", "critic", "value"):
+        part = getattr(state, name)
+        full = jax.tree.map(np.ones_like, part.opt_state)
+        state = state.replace(**{name: part.replace(opt_state=full)})
     after = script.restart_optimisers(state, config)
-    for opt_state in (after.actor.opt_state, after.critic.opt_state):
-        assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(opt_state))
+    for part in (after.actor, after.critic, after.value):
+        assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(part.opt_state))
     one, grads = jax.tree.map(lambda x: x[0], after.actor), None
     grads = jax.tree.map(np.ones_like, one.params)
     sizes = []
@@ -903,7 +925,7 @@ def test_the_source_of_a_run_may_be_gone(reused, flags, whole, tmp_path):
 
 
 @pytest.mark.parametrize(("name", "value"), [
-    ("policy", "gaussian"), ("denoising-steps", "3"), ("value-max", "1"),
+    ("policy", "gaussian"), ("denoising-steps", "3"), ("value-max", "1"), ("critic", "iql"),
 ])  # fmt: skip
 def test_an_agent_of_another_meaning_is_refused(name, value, reused, flags, whole, tmp_path):
     arguments = [*flags[:-2], "--init-from", str(whole[0]), f"--{name}", value]
