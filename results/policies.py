@@ -51,13 +51,24 @@ def base(run, record):
 
 
 def rows_of(runs):
-    """Every (dataset, critic, class, runs with both steps, runs with the global one) there is."""
-    return [
-        (dataset, critic, policy, runs.get((f"{prefix}{policy}", dataset), []),
-         runs.get((f"{prefix}{policy}-global", dataset), []))
-        for dataset in DATASETS for prefix, critic in CRITICS.items() for policy in CLASSES
-        if (f"{prefix}{policy}", dataset) in runs or (f"{prefix}{policy}-global", dataset) in runs
-    ]  # fmt: skip
+    """Every (dataset, critic, class, cloned values, runs with both steps, runs with the global one)
+    there is. The cloned policies are those of the `-offline` runs that both start from, if any."""
+    rows = []
+    for dataset in DATASETS:
+        for prefix, critic in CRITICS.items():
+            for policy in CLASSES:
+                both, alone, offline = (runs.get((f"{prefix}{policy}{form}", dataset), [])
+                                        for form in ("", "-global", "-offline"))
+                cloned = [run["base"] for run in offline or both or alone]
+                if cloned:
+                    rows.append((dataset, critic, policy, cloned, both, alone))
+    return rows
+
+
+def unit(runs, dataset):
+    """What the dataset's runs are measured in: score, or return."""
+    return next(run["unit"] for (_, its), all_runs in runs.items() if its == dataset
+                for run in all_runs)  # fmt: skip
 
 
 def lowest(run):
@@ -74,15 +85,15 @@ def table(runs):
              "global, online", "global + local, online: lowest", "last",
              "Gaussian Cal-QL", "online")  # fmt: skip
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-    for dataset, critic, policy, both, alone in rows_of(runs):
+    for dataset, critic, policy, cloned, both, alone in rows_of(runs):
         others = runs.get(("cal_ql", dataset), [])
         values = [
-            [run["base"] for run in both or alone], [run["offline"] for run in alone],
-            [run["offline"] for run in both], [run["online"] for run in alone],
-            [lowest(run) for run in both], [run["online"] for run in both],
-            [run["offline"] for run in others], [run["online"] for run in others],
-        ]  # fmt: skip
-        cells = [dataset, critic, policy, str(len(both or alone)), (both or alone)[0]["unit"]]
+            cloned, [run["offline"] for run in alone], [run["offline"] for run in both],
+            [run["online"] for run in alone], [lowest(run) for run in both],
+            [run["online"] for run in both], [run["offline"] for run in others],
+            [run["online"] for run in others],
+        ]
+        cells = [dataset, critic, policy, str(len(both or alone)), unit(runs, dataset)]
         lines.append(f"| {' | '.join(cells + [report.show(each) for each in values])} |")
     return "\n".join(lines)
 
@@ -98,8 +109,8 @@ def plot(runs, path):
     handles = {}
     for panel, dataset in zip(axes[0], datasets, strict=False):
         mine = [row for row in rows if row[0] == dataset]
-        for i, (_, critic, policy, both, alone) in enumerate(mine):
-            columns = ([run["base"] for run in both], [run["offline"] for run in alone],
+        for i, (_, critic, policy, cloned, both, alone) in enumerate(mine):
+            columns = (cloned, [run["offline"] for run in alone],
                        [run["offline"] for run in both], [run["online"] for run in both])
             color, style = report.COLORS[CLASSES.index(policy)], "-" if critic == "Cal-QL" else "--"
             means = [np.mean(each) if each else np.nan for each in columns]  # NaN: a gap
@@ -112,7 +123,7 @@ def plot(runs, path):
         if others:
             handles["Gaussian Cal-QL, offline"] = panel.axhline(
                 np.mean(others), color="0.4", ls=":", lw=1)
-        panel.set(title=dataset, ylabel=(mine[0][3] or mine[0][4])[0]["unit"])
+        panel.set(title=dataset, ylabel=unit(runs, dataset))
         panel.set_xticks(range(len(labels)), labels)
     if handles:
         figure.legend(handles.values(), handles, frameon=False, fontsize=8,
@@ -123,15 +134,16 @@ def plot(runs, path):
 ABOUT = """Made by `python results/policies.py` from the [records](records) of the runs in
 [`matrix.toml`](matrix.toml). Means over seeds; in brackets the 95 % bootstrap interval, of fewer
 than 5 seeds the smallest and the largest value, each the last evaluation of its phase, of 10
-episodes. The runs are small: policies of 2 blocks of width 64 (the Gaussian: 2 layers of 256),
-two critics of two layers, 16 samples of which 4 are kept, 5 steps of ascent. With Cal-QL's critic
+episodes. The runs are small: policies of 2 blocks of width 64 (the Gaussian: 2 layers of 256), two
+critics of two layers, 16 samples of which 4 are kept, 5 steps of ascent. With Cal-QL's critic
 40,000 steps of cloning, batches of 64, tau 0.02 (the target of so few updates must follow faster),
 8,000 updates, 4,000 steps online. With IQL's batches of 256; cloning, updates and steps online: in
 AntMaze 40,000, 100,000, 10,000; in the point maze 10,000, 40,000, 4,000; on ope-hopper-replay
-20,000, 60,000, 5,000. Gaussian Cal-QL is `cal_ql.py` with batches of 256, 4 sampled actions and its
-own budget (`matrix.toml`: 20,000 updates and 10,000 steps, in AntMaze 6,000 and 2,000, for
-door-human 10,000 and 4,000). The door is gymnasium-robotics 1.4.2's as it is, whose reward adds 0.1
-times the palm's distance from the handle where D4RL's subtracts it: a point of score at most."""
+20,000, 60,000, 5,000; the same agents serve both forms of the search. Gaussian Cal-QL is
+`cal_ql.py` with batches of 256, 4 sampled actions and its own budget (`matrix.toml`: 20,000 updates
+and 10,000 steps, in AntMaze 6,000 and 2,000, for door-human 10,000 and 4,000). The door is
+gymnasium-robotics 1.4.2's as it is, whose reward adds 0.1 times the palm's distance from the handle
+where D4RL's subtracts it: a point of score at most."""
 COLUMNS = """Cloned: one sample of the cloned policy per step. Global: the best of 16 samples by the
 critic's mean. Global + local: the best of 4 of them after ascent. Online: after the online phase,
 in which the policy is distilled towards the actions so found."""

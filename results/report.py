@@ -10,6 +10,7 @@ fewer than 5 seeds, the smallest and the largest value, for a bootstrap of those
 
 import argparse
 import ast
+import functools
 import hashlib
 import html
 import json
@@ -93,7 +94,9 @@ def check_hash(path, record, commits):
         key = start["git_commit"], versions["script"]
         if key not in commits:
             commits[key] = script_hash(*key)
-        if commits[key] is None:  # a shallow clone, or a copy without its history
+        if commits[key] is None:  # a shallow clone, a copy without its history, a commit made anew
+            if start["script_sha256"] in earlier_hashes(versions["script"]):
+                continue
             print(f"warning: {path}: commit {start['git_commit']}, which made it, is not in this "
                   "repository: its script cannot be checked", file=sys.stderr)
         elif commits[key] != start["script_sha256"]:
@@ -109,6 +112,14 @@ def script_hash(commit, script):
         if done.returncode == 0:
             return hashlib.sha256(done.stdout).hexdigest()
     return None
+
+
+@functools.cache
+def earlier_hashes(script):
+    """SHA-256 of a script in every commit of this repository that changed it."""
+    command = ["git", "-C", str(ROOT), "log", "--format=%H", "--", f"*/{script}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return {script_hash(commit, script) for commit in done.stdout.split()}
 
 
 def runs_of(name, record):

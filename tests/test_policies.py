@@ -42,8 +42,14 @@ def records(tmp_path):
         ])  # fmt: skip
     put(tmp_path, "pa_rl-diffusion-global/pointmaze-umaze/seed0", [
         ("pretrain", 9, 10.0), ("offline", 9, 12.0), ("online", 2, 14.0), ("online", 4, 13.0)])
-    put(tmp_path, "pa_rl-iql-gaussian/pointmaze-umaze/seed0", [
-        ("pretrain", 9, 40.0), ("offline", 9, 50.0), ("online", 4, 60.0)])
+    put(tmp_path, "pa_rl-iql-gaussian-offline/pointmaze-umaze/seed0", [
+        ("pretrain", 9, 40.0), ("offline", 9, 49.0)])
+    for name, values in {"pa_rl-iql-gaussian": (50.0, 60.0),
+                         "pa_rl-iql-gaussian-global": (51.0, 61.0)}.items():  # fmt: skip
+        put(tmp_path, f"{name}/pointmaze-umaze/seed0", [
+            ("online", step, value) for step, value in zip((0, 4), values, strict=True)],
+            init_from="x")  # fmt: skip
+    put(tmp_path, "pa_rl-iql-diffusion-offline/door-human/seed0", [("pretrain", 9, 41.0)])
     put(tmp_path, "pa_rl-transformer/pointmaze-umaze/seed0", [("pretrain", 9, 1.0)], "signal 15")
     put(tmp_path, "cal_ql/pointmaze-umaze/seed0", [("online", 0, 7.0), ("online", 4, 8.0)],
         init_from="x")  # fmt: skip
@@ -55,7 +61,7 @@ def test_the_table(policies, records):
     header, _, *rows = [[c.strip() for c in line.split("|")[1:-1]] for line in lines]
     found = [dict(zip(header, row, strict=True)) for row in rows]
     assert [(row["policy"], row["critic"], row["seeds"]) for row in found] == [
-        ("diffusion", "Cal-QL", "2"), ("gaussian", "IQL", "1")]  # fmt: skip
+        ("diffusion", "Cal-QL", "2"), ("gaussian", "IQL", "1"), ("diffusion", "IQL", "0")]
     first = found[0]
     assert first["unit"] == "score"
     assert first["cloned"].startswith("10.5 [10.0, 11.0]")  # the last of pretraining
@@ -64,7 +70,10 @@ def test_the_table(policies, records):
     assert first["global + local, online: lowest"].startswith("15.5 [15.0, 16.0]")
     assert first["last"].startswith("30.5 [30.0, 31.0]")
     assert first["Gaussian Cal-QL"] == "7.0" and first["online"] == "8.0"
-    assert found[1]["cloned"] == "40.0" and found[1]["global"] == "-"
+    names = ("cloned", "global", "global + local", "global, online", "last")
+    second, third = ([row[name] for name in names] for row in found[1:])
+    assert second == ["40.0", "51.0", "50.0", "61.0", "60.0"]  # cloned: of the run before
+    assert third == ["41.0", "-", "-", "-", "-"]
 
 
 def test_nothing_at_all_and_a_picture(policies, records, tmp_path):

@@ -55,11 +55,21 @@ def test_a_missing_field_is_refused_by_name(field, report, records):
         report.read_records(records)
 
 
-def test_a_record_of_an_unknown_commit_is_named(report, records, capsys):
+def test_a_record_of_an_unknown_commit_is_named(report, records, capsys, monkeypatch):
+    """Unless its script's bytes are those of another commit."""
     path = records / "cpu/iql/default/seed1.json"
     change(path, lambda record: record["starts"][0].update(git_commit="0" * 40))
-    report.read_records(records)
-    assert f"{path}: commit {'0' * 40}, which made it, is not in" in capsys.readouterr().err
+    made = json.loads(path.read_text())["starts"][0]
+    words = f"{path}: commit {'0' * 40}, which made it, is not in"
+    for hashes, warned in (({made["script_sha256"]}, False), ({"1" * 64}, True)):
+        monkeypatch.setattr(report, "earlier_hashes", lambda script, known=hashes: known)
+        report.read_records(records)
+        assert (words in capsys.readouterr().err) == warned
+
+
+def test_the_hashes_of_a_scripts_past(report):
+    now = report.script_hash("HEAD", "iql.py")
+    assert now is None or now in report.earlier_hashes("iql.py")  # None: no clone, but a copy
 
 
 def test_a_wrong_hash_is_refused_by_name(report, records, monkeypatch):
