@@ -12,8 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Half of the tests' time was compiling, mostly the same programs in run after run. A folder per
-# worker: what one writes the other may not read in halves.
+# Killed and resumed runs compile the same programs again. A folder per worker: what one writes the
+# other may not read in halves.
 CACHE = ROOT / ".pytest_cache" / "jax" / os.environ.get("PYTEST_XDIST_WORKER", "")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
