@@ -52,14 +52,17 @@ def base(run, record):
 
 def rows_of(runs):
     """Every (dataset, critic, class, cloned values, runs with both steps, runs with the global one)
-    there is. The cloned policies are those of the `-offline` runs that both start from, if any."""
+    there is. The cloned policies are those of the `-offline` runs that both start from, if any,
+    of the same seeds."""
     rows = []
     for dataset in DATASETS:
         for prefix, critic in CRITICS.items():
             for policy in CLASSES:
                 both, alone, offline = (runs.get((f"{prefix}{policy}{form}", dataset), [])
                                         for form in ("", "-global", "-offline"))
-                cloned = [run["base"] for run in offline or both or alone]
+                seeds = {run["seed"] for run in both or alone}
+                cloned = [run["base"] for run in offline or both or alone
+                          if run["seed"] in seeds or not seeds]
                 if cloned:
                     rows.append((dataset, critic, policy, cloned, both, alone))
     return rows

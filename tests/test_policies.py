@@ -42,8 +42,9 @@ def records(tmp_path):
         ])  # fmt: skip
     put(tmp_path, "pa_rl-diffusion-global/pointmaze-umaze/seed0", [
         ("pretrain", 9, 10.0), ("offline", 9, 12.0), ("online", 2, 14.0), ("online", 4, 13.0)])
-    put(tmp_path, "pa_rl-iql-gaussian-offline/pointmaze-umaze/seed0", [
-        ("pretrain", 9, 40.0), ("offline", 9, 49.0)])
+    for seed in (0, 1):  # nothing has gone on from seed 1
+        put(tmp_path, f"pa_rl-iql-gaussian-offline/pointmaze-umaze/seed{seed}", [
+            ("pretrain", 9, 40.0 + seed), ("offline", 9, 49.0)])
     for name, values in {"pa_rl-iql-gaussian": (50.0, 60.0),
                          "pa_rl-iql-gaussian-global": (51.0, 61.0)}.items():  # fmt: skip
         put(tmp_path, f"{name}/pointmaze-umaze/seed0", [
