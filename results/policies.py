@@ -141,12 +141,11 @@ episodes. The runs are small: policies of 2 blocks of width 64 (the Gaussian: 2 
 critics of two layers, 16 samples of which 4 are kept, 5 steps of ascent. With Cal-QL's critic
 40,000 steps of cloning, batches of 64, tau 0.02 (the target of so few updates must follow faster),
 8,000 updates, 4,000 steps online. With IQL's batches of 256; cloning, updates and steps online: in
-AntMaze 40,000, 100,000, 4,000; in the point maze 10,000, 40,000, 4,000; on ope-hopper-replay
-20,000, 60,000, 5,000; the same agents serve both forms of the search. Gaussian Cal-QL is
-`cal_ql.py` with batches of 256, 4 sampled actions and its own budget (`matrix.toml`: 20,000 updates
-and 10,000 steps, in AntMaze 6,000 and 2,000, for door-human 10,000 and 4,000). The door is
-gymnasium-robotics 1.4.2's as it is, whose reward adds 0.1 times the palm's distance from the handle
-where D4RL's subtracts it: a point of score at most."""
+AntMaze 40,000, 100,000, 4,000; on ope-hopper-replay 20,000, 60,000, 5,000; the same agents serve
+both forms of the search. Gaussian Cal-QL is `cal_ql.py` with batches of 256, 4 sampled actions and
+its own budget (`matrix.toml`: 20,000 updates and 10,000 steps, in AntMaze 6,000 and 2,000, for
+door-human 10,000 and 4,000). The door is gymnasium-robotics 1.4.2's as it is, whose reward adds 0.1
+times the palm's distance from the handle where D4RL's subtracts it: a point of score at most."""
 COLUMNS = """Cloned: one sample of the cloned policy per step. Global: the best of 16 samples by the
 critic's mean. Global + local: the best of 4 of them after ascent. Online: after the online phase,
 in which the policy is distilled towards the actions so found."""
