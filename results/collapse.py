@@ -31,7 +31,9 @@ Of each run, in points of score:
 
 Where the protocol leaves it open: the depth is not clipped, and below 0 says that the run was never
 as low. The area is divided by the steps: it is to be compared with the offline score. TD3 and TD3-C
-are also compared seed by seed, as every pair starts from one agent.
+are also compared seed by seed, as every pair starts from one agent. The control: the same measures
+where nothing is switched, of the last 25,000 offline updates, as many as the online steps in which
+a collapse is looked for.
 """
 
 import argparse
@@ -65,6 +67,7 @@ ROWS = {  # entry of collapse.toml: (whose offline agents, algorithm online, rep
     "iql": ("IQL", "IQL", "append"),
     "collapse-cal_ql": ("Cal-QL", "Cal-QL", "half"),
 }
+CONTROLS = {"td3_bc-offline": "TD3+BC", "iql": "IQL"}  # entries with enough offline evaluations
 ALGORITHMS = list(dict.fromkeys(algorithm for _, algorithm, _ in ROWS.values()))
 COLOR = dict(zip(ALGORITHMS, report.COLORS, strict=True))
 LINES = {"half": "-", "online": "--", "append": ":"}  # how the figure draws a replay
@@ -79,7 +82,7 @@ def measures(run):
     points = [(step, value) for step, value in run["points"]["online"] if step > 0]
     lowest_at, lowest = min((p for p in points if p[0] <= WINDOW), key=lambda point: point[1])
     again = (step for step, value in points if step > lowest_at and value >= offline)
-    fell = offline - lowest > FALL * offline
+    fell = offline - lowest > FALL * abs(offline)
     steps, values = zip((0, offline), *points, strict=True)
     return {
         "offline": offline,
@@ -90,6 +93,15 @@ def measures(run):
         "area": float(np.trapezoid(values, steps)) / steps[-1],
         "distance": run.get("distance"),
     }
+
+
+def control(run):
+    """The measures as if the last WINDOW offline updates had been online steps."""
+    points = run["points"]["offline"]
+    start = points[-1][0] - WINDOW
+    (first, offline), *others = [point for point in points if point[0] >= start]
+    points = [(step - first, value) for step, value in others]
+    return measures({"offline": offline, "points": {"online": points}})
 
 
 def recovery(found):
@@ -118,30 +130,34 @@ def differences(groups):
 
 def read_study(folder, profile):
     """({(dataset, entry): (runs that finished, number of runs planned)}, failures in words,
-    {script: number of its versions that made runs})."""
+    {script: number of its versions that made runs}, {(dataset, algorithm): its controls})."""
     records = report.read_records(folder)
     trials = sweep.read_matrix(MATRIX, profile, Path("data"), Path("runs"))
     if not trials:
         sys.exit(f"{MATRIX.name} has no runs for --profile {profile}")
-    groups, versions, names = {}, {}, [f"{profile}/{trial.name}" for trial in trials]
+    names = [f"{profile}/{trial.name}" for trial in trials]
+    groups, versions, controls = {}, {}, {}
     for name, trial in zip(names, trials, strict=True):
         entry, dataset, _ = trial.name.split("/")
         if name in records:
             check_made(name, records[name], trial)
             hashes = {start["script_sha256"] for start in records[name]["starts"]}
             versions.setdefault(records[name]["versions"]["script"], set()).update(hashes)
+        runs = report.runs_of(name, records[name]) if name in records else []
+        runs = [run for run in runs if run["ended"] == "finished"]
+        if runs and entry in CONTROLS:
+            controls.setdefault((dataset, CONTROLS[entry]), []).extend(map(control, runs))
         if entry in ROWS:
-            runs = report.runs_of(name, records[name]) if name in records else []
             for run in runs:
                 run["distance"] = last_distance(records[name]["curve"], run["seed"])
             finished, planned = groups.setdefault((dataset, entry), ([], 0))
-            finished += [run for run in runs if run["ended"] == "finished"]
-            groups[dataset, entry] = finished, planned + 1
+            groups[dataset, entry] = finished + runs, planned + 1
+    check_paired(groups)
     failed = [text for text in report.failures(records, folder) if text.split(":")[0] in names]
     datasets, rows = list(dict.fromkeys(dataset for dataset, _ in groups)), list(ROWS)
     order = sorted(groups, key=lambda key: (datasets.index(key[0]), rows.index(key[1])))
     counts = {script: len(hashes) for script, hashes in sorted(versions.items())}
-    return {key: groups[key] for key in order}, failed, counts
+    return {key: groups[key] for key in order}, failed, counts, controls
 
 
 def last_distance(curve, seed):
@@ -157,6 +173,17 @@ def check_made(name, record, trial):
     if made != planned:
         sys.exit(f"{name}: its run was made by other arguments ({' '.join(made)}) than "
                  f"{MATRIX.name} has ({' '.join(planned)})")
+
+
+def check_paired(groups):
+    """Exit where two runs that are to start from one agent begin with different scores."""
+    begun = {}
+    for (dataset, entry), (runs, _) in groups.items():
+        for run in runs:
+            family = f"{ROWS[entry][0]}'s agent, {dataset}, seed {run['seed']}"
+            other, offline = begun.setdefault(family, (entry, run["offline"]))
+            if run["offline"] != offline:
+                sys.exit(f"{family}: {entry} begins with {run['offline']}, {other} with {offline}")
 
 
 def without_paths(command):
@@ -189,9 +216,14 @@ def table(groups):
 
 
 def paired_table(groups):
-    """TD3-C minus TD3, seed by seed, in Markdown: a row per dataset and replay."""
+    """TD3-C minus TD3, seed by seed, in Markdown: a row per dataset and replay, and per replay."""
+    pairs = differences(groups)
+    for replay in LINES:
+        mine = [values for (_, its), values in pairs.items() if its == replay]
+        pairs["all", replay] = {name: [value for values in mine for value in values[name]]
+                                for name in ("depth", "final", "area")}
     lines = ["| dataset | replay | pairs | depth | final | area |", "|---" * 6 + "|"]
-    for (dataset, replay), values in differences(groups).items():
+    for (dataset, replay), values in pairs.items():
         if values["area"]:
             better = (("depth", "less", -1), ("final", "more", 1), ("area", "more", 1))
             cells = [f"{report.show(values[name], np.median)}; {word} in "
@@ -201,16 +233,14 @@ def paired_table(groups):
     return "\n".join(lines)
 
 
-def without_switch(groups):
-    """What the depth is where nothing is switched, in words: of the last eleven offline evaluations
-    of IQL's runs the first minus the lowest of the others."""
-    found = {}
-    for (dataset, entry), (runs, _) in groups.items():
-        for run in runs:
-            values = [value for _, value in run["points"]["offline"]][-11:]
-            if entry == "iql" and len(values) == 11:
-                found.setdefault(dataset, []).append(values[0] - min(values[1:]))
-    return ", ".join(f"{dataset} {report.show(values)}" for dataset, values in found.items())
+def control_table(controls):
+    """The measures where nothing is switched, in Markdown: a row per dataset and algorithm."""
+    lines = ["| dataset | algorithm | runs | begins at | depth | fell | area |", "|---" * 7 + "|"]
+    for (dataset, algorithm), found in controls.items():
+        cells = [report.show([each[key] for each in found]) for key in ("offline", "depth", "area")]
+        cells.insert(2, recovery(found)[0])
+        lines.append(f"| {dataset} | {algorithm} | {len(found)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def count(groups):
@@ -272,15 +302,20 @@ brackets the smallest and the largest value (of 5 seeds and more the 95 % bootst
 A depth of some points is no collapse: it is the smallest of ten evaluations (IQL's: of five) of 30
 episodes each (IQL's: of 10), and the offline score is one such evaluation, too. How large it is
 without any switch stands at the end. Where the offline score is low there is little to lose. The
-agents are small (50,000 offline updates of TD3+BC, 20,000 of CQL and Cal-QL with 4 sampled actions,
-200,000 of IQL), and so are the samples of the data: compare rows within a dataset that start from
-the same agents, not with the literature. ope-hopper-replay has 360,658 rows, the others about
-9,000: wide and narrow data are also large and small here, and after 25,000 steps the new rows are
-74 % of an appended buffer there, but 6.5 % of that one. WSRL does not learn before step 5,000, so
-that two of its ten evaluations are the offline agent's, and then makes four critic updates a step.
-TD3's family begins online with fresh optimisers, which makes the first policy updates large, the
-others carry theirs: compare within a family. A run that was stopped because a loss was not finite
-has no row here, which flatters what breaks."""
+agents are small (100,000 offline updates of TD3+BC, 20,000 of CQL and Cal-QL with 4 sampled
+actions, whose Q still rises then, 200,000 of IQL), and so are the samples of the data: compare rows
+within a dataset that start from the same agents, not with the literature. ope-hopper-replay has
+360,658 rows, the others about 9,000: wide and narrow data are also large and small here, and after
+25,000 steps the new rows are 74 % of an appended buffer there, but 6.5 % of that one. Wide data are
+of Hopper alone. TD3-C's constants were chosen before, on one narrow Hopper agent with half replay;
+its D is measured on the batch, with appended replay mostly on old rows. TD3's family begins online
+with fresh optimisers, which makes the first policy updates large, the others carry theirs, and
+IQL's policy, whose rate has decayed to 0 by the switch, has a constant one after it: compare within
+a family. SAC's KL bound holds the temperature, too, and bounds the distance from the offline policy
+where TD3-C bounds the pace. WSRL has two plain critics, not its ten with LayerNorm; it does not
+learn before step 5,000, so that two of its ten evaluations are the offline agent's, and then makes
+four critic updates a step. A run that was stopped because a loss was not finite has no row here,
+which flatters what breaks."""
 CAPTION = """The switch is at 0, where each curve begins at the offline score. Mean over seeds, and
 from the smallest to the largest of them: solid, half of every batch from the dataset; dashed, new
 transitions only; dotted, all rows equally likely. Above, the agents of TD3+BC; below, those of CQL
@@ -289,7 +324,7 @@ transitions only; dotted, all rows equally likely. Above, the agents of TD3+BC; 
 
 def generate(records, profile, figures):
     """{path: text} of what is generated; the figure is written into `figures`."""
-    groups, failed, versions = read_study(records, profile)
+    groups, failed, versions, controls = read_study(records, profile)
     plot(groups, figures / "collapse.png")
     made_by = ", ".join(f"{name} {number}" for name, number in versions.items())
     body = [
@@ -297,11 +332,12 @@ def generate(records, profile, figures):
         (f"{count(groups)}; failed: {'; '.join(failed) or 'none'}. Versions of each script that "
         f"made runs: {made_by}."),
         table(groups),
-        ("TD3-C minus TD3, seed by seed: the median, in brackets the smallest and the largest, and "
-        "in how many pairs TD3-C lost less, or had more."),
+        ("TD3-C minus TD3, seed by seed: the median, in brackets the smallest and the largest (of "
+        "five pairs and more its 95 % bootstrap interval), and in how many pairs TD3-C lost less, "
+        "or had more."),
         paired_table(groups),
-        ("What the depth is without any switch, by the last eleven offline evaluations of IQL: "
-        f"{without_switch(groups)}."),
+        ("The control: the same where nothing is switched, over the last 25,000 offline updates."),
+        control_table(controls),
         "![Online curves](figures/collapse.png)", CAPTION,
     ]  # fmt: skip
     shown = {key: group for key, group in groups.items() if group[0]}  # the README shows no holes

@@ -54,6 +54,8 @@ CURVES = {  # name: (offline, online points, depth, recovered, final, area)
         (60, [(10 * K, 48), (20 * K, 70)], 12, None, 70, (54 + 59) / 2),
     "a fall of more than a fifth":
         (60, [(10 * K, 47), (20 * K, 70)], 13, 20 * K, 70, (53.5 + 58.5) / 2),
+    "no fall from below 0":
+        (-10, [(10 * K, -11), (20 * K, -10)], 1, None, -10, -10.5),
     "steps that are not equally long":
         (0, [(10 * K, 10), (50 * K, 10)], -10, None, 10, 9),
 }  # fmt: skip
@@ -63,9 +65,18 @@ CURVES = {  # name: (offline, online points, depth, recovered, final, area)
 def test_the_measures_of_a_curve(name, collapse):
     offline, points, depth, recovered, final, area = CURVES[name]
     found = collapse.measures({"offline": offline, "points": {"online": points}})
-    fell = depth > 0.2 * offline
+    fell = depth > 0.2 * abs(offline)
     assert found == {"offline": offline, "depth": depth, "fell": fell, "recovered": recovered,
                      "final": final, "area": pytest.approx(area), "distance": None}  # fmt: skip
+
+
+def test_the_control_is_the_last_25000_offline_updates(collapse):
+    """Not what was before them: the 5 and the 90."""
+    points = [(20 * K, 5), (25 * K, 90), (30 * K, 60), (40 * K, 30), (55 * K, 50)]
+    found = collapse.control({"points": {"offline": points}})
+    assert found["offline"] == 60 and found["depth"] == 30 and found["fell"]
+    assert found["recovered"] is None and found["final"] == 50
+    assert found["area"] == pytest.approx((45 * 10 + 40 * 15) / 25)
 
 
 def test_recoveries_are_of_those_that_fell(collapse):
@@ -115,7 +126,7 @@ def records(tmp_path, trials):
 
 
 def test_the_table_shows_what_is_there_and_counts_what_is_not(collapse, records):
-    groups, failed, versions = collapse.read_study(records, "cpu")
+    groups, failed, versions, controls = collapse.read_study(records, "cpu")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]]
             for line in collapse.table(groups).splitlines()[2:]]  # fmt: skip
     assert len(rows) == 4 * len(collapse.ROWS)
@@ -129,11 +140,53 @@ def test_the_table_shows_what_is_there_and_counts_what_is_not(collapse, records)
     assert all(set(row[5:]) == {"-"} for row in rows if row[4] == "0 of 3")
     assert len(failed) == 1 and "seed2: not finite: q" in failed[0]
     assert collapse.count(groups) == "3 of 156 runs finished"
-    assert versions == {"td3_bc.py": 1, "td3_c.py": 1}
+    assert versions == {"td3_bc.py": 1, "td3_c.py": 1} and controls == {}
     assert collapse.differences(groups)["hopper-medium", "half"] == {
         "depth": [-51], "final": [-7], "area": [pytest.approx(61.95 - 31.0)]}
-    (row,) = collapse.paired_table(groups).splitlines()[2:]
-    assert row.endswith("| half | 1 | -51.0; less in 1 | -7.0; more in 0 | 31.0; more in 1 |")
+    cells = "| half | 1 | -51.0; less in 1 | -7.0; more in 0 | 31.0; more in 1 |"
+    assert collapse.paired_table(groups).splitlines()[2:] == [
+        f"| hopper-medium {cells}", f"| all {cells}"]
+
+
+def test_pairs_of_all_datasets_are_pooled_by_replay(collapse, records, trials):
+    named, steps = {trial.name: trial for trial in trials}, [0, 25 * K, 50 * K]
+    for replay, seed, last in (("half", 0, 20), ("half", 1, 80), ("append", 0, 70)):
+        for algorithm, end in (("td3", 60), ("td3_c", last)):
+            name = f"collapse-{algorithm}-{replay}/halfcheetah-medium/seed{seed}"
+            put(records, named[name], [60, 60, end], steps)
+    rows = collapse.paired_table(collapse.read_study(records, "cpu")[0]).splitlines()
+    found = {tuple(row.split(" | ")[:3]): row.split(" | ")[4] for row in rows[2:]}
+    assert found == {
+        ("| hopper-medium", "half", "1"): "-7.0; more in 0",
+        ("| halfcheetah-medium", "half", "2"): "-10.0 [-40.0, 20.0]; more in 1",
+        ("| halfcheetah-medium", "append", "1"): "10.0; more in 1",
+        ("| all", "half", "3"): "-7.0 [-40.0, 20.0]; more in 1",
+        ("| all", "append", "1"): "10.0; more in 1",
+    }  # fmt: skip
+
+
+def test_the_control_has_a_table(collapse, records, trials):
+    for seed, low in enumerate((59, 20)):
+        trial = next(t for t in trials if t.name == f"td3_bc-offline/hopper-medium/seed{seed}")
+        path = put(records, trial, [60, low, 60], [75 * K, 90 * K, 100 * K])
+        record = json.loads(path.read_text())
+        record["curve"]["phase"] = ["offline"] * 3
+        path.write_text(json.dumps(record))
+    groups, _, _, controls = collapse.read_study(records, "cpu")
+    assert all(len(runs) < 3 for runs, _ in groups.values())  # no row of the table itself
+    (row,) = collapse.control_table(controls).splitlines()[2:]
+    assert row == ("| hopper-medium | TD3+BC | 2 | 60.0 [60.0, 60.0] | 20.5 [1.0, 40.0] | 1 of 2 "
+                   "| 49.8 [40.0, 59.5] |")  # fmt: skip
+
+
+def test_runs_of_one_family_begin_with_one_agent(collapse, records, trials):
+    """Else a difference of two of them is one of their agents, too."""
+    trial = next(t for t in trials if t.name == "collapse-td3_c-half/hopper-medium/seed1")
+    put(records, trial, [50, 50, 50], [0, 25 * K, 50 * K])
+    collapse.read_study(records, "cpu")
+    put(records, trial, [51, 50, 50], [0, 25 * K, 50 * K])
+    with pytest.raises(SystemExit, match=r"TD3\+BC's agent, hopper-medium, seed 1: .* with 51"):
+        collapse.read_study(records, "cpu")
 
 
 def test_all_that_is_generated(collapse, records):
@@ -220,6 +273,8 @@ def test_every_run_is_one_that_its_script_takes(collapse, trials):
             assert replay_of(module, config) == collapse.ROWS[entry][2], entry
         else:
             assert config.online_steps == 0 and entry.endswith("-offline")
+        if entry == "td3_bc-offline":  # the control is evaluated like the online runs
+            assert (config.eval_interval, config.eval_episodes) == (2_500, 30)
 
 
 def replay_of(module, config):
