@@ -291,6 +291,8 @@ def run_all(trials, arguments, runs):
     def start(command, folder, *after):
         if any(code for code, _ in after):
             return 1, "the trial that it starts from failed"
+        # ray.cancel raises it, and would do nothing where a script has started the sweep with &
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         return run_script(command, folder, gpu)
 
     task = remote(start)

@@ -77,6 +77,7 @@ def test_the_control_is_the_last_25000_offline_updates(collapse):
     assert found["offline"] == 60 and found["depth"] == 30 and found["fell"]
     assert found["recovered"] is None and found["final"] == 50
     assert found["area"] == pytest.approx((45 * 10 + 40 * 15) / 25)
+    assert collapse.control({"points": {"offline": [(5 * K, 5), (25 * K, 90)]}}) is None
 
 
 def test_recoveries_are_of_those_that_fell(collapse):
@@ -272,8 +273,8 @@ def test_every_run_is_one_that_its_script_takes(collapse, trials):
             assert config.eval_episodes == (10 if entry == "iql" else 30)
             assert replay_of(module, config) == collapse.ROWS[entry][2], entry
         else:
-            assert config.online_steps == 0 and entry.endswith("-offline")
-        if entry == "td3_bc-offline":  # the control is evaluated like the online runs
+            assert config.online_steps == 0 and entry.endswith(("-offline", "-longer"))
+        if entry in collapse.CONTROLS and entry != "iql":  # the control is evaluated like the online runs
             assert (config.eval_interval, config.eval_episodes) == (2_500, 30)
 
 
@@ -291,8 +292,9 @@ def replay_of(module, config):
 
 def test_every_row_is_in_the_matrix_and_no_run_is_in_it_twice(collapse, trials):
     names = {trial.name.split("/")[0] for trial in trials}
-    assert names - set(collapse.ROWS) == {"td3_bc-offline", "cql-offline", "cal_ql-offline"}
-    assert set(collapse.ROWS) < names and len(trials) == 192
+    assert names - set(collapse.ROWS) == {
+        "td3_bc-offline", "td3_bc-longer", "cql-offline", "cal_ql-offline"}  # fmt: skip
+    assert set(collapse.ROWS) < names and len(trials) == 195
     runs = [(*trial.command[:-1], trial.after) for trial in trials]
     assert len(set(runs)) == len(runs)
     wanted = {"TD3+BC": "bc", "TD3": "td3"}

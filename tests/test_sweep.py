@@ -100,10 +100,15 @@ def test_a_killed_trial_goes_on_to_the_same_bits_and_a_finished_one_is_left(matr
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc")
-def test_ctrl_c_saves_and_a_second_start_goes_on(matrix):
+@pytest.mark.parametrize("background", [False, True])
+def test_a_stopped_sweep_saves_and_a_second_start_goes_on(background, matrix):
+    """By Ctrl-C, and by SIGTERM what a script has started with &, for which SIGINT is ignored."""
+    ignore = signal.signal(signal.SIGINT, signal.SIG_IGN) if background else None
     process, runs = sweep(matrix, "stopped")
+    if background:
+        signal.signal(signal.SIGINT, ignore)
     wait_for(lambda: (runs / "seed0" / "checkpoint.npz").exists())
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM if background else signal.SIGINT)
     out, _ = process.communicate(timeout=120)
     assert process.returncode == 1
     assert "the same command goes on" in out and "Traceback" not in out
