@@ -308,19 +308,19 @@ A depth of some points is no collapse: it is the smallest of ten evaluations (IQ
 episodes each (IQL's: of 10), and the offline score is one such evaluation, too. How large it is
 without any switch stands at the end. Where the offline score is low there is little to lose. The
 agents are small (100,000 offline updates of TD3+BC, on hopper-medium 25,000, 20,000 of CQL and
-Cal-QL with 4 sampled actions, whose Q still rises then, 200,000 of IQL), and so are the samples of the data: compare rows
-within a dataset that start from the same agents, not with the literature. ope-hopper-replay has
-360,658 rows, the others about 9,000: wide and narrow data are also large and small here, and after
-25,000 steps the new rows are 74 % of an appended buffer there, but 6.5 % of that one. Wide data are
-of Hopper alone. TD3-C's constants were chosen before, on one narrow Hopper agent with half replay;
-its D is measured on the batch, with appended replay mostly on old rows. TD3's family begins online
-with fresh optimisers, which makes the first policy updates large, the others carry theirs, and
-IQL's policy, whose rate has decayed to 0 by the switch, has a constant one after it: compare within
-a family. SAC's KL bound holds the temperature, too, and bounds the distance from the offline policy
-where TD3-C bounds the pace. WSRL has two plain critics, not its ten with LayerNorm; it does not
-learn before step 5,000, so that two of its ten evaluations are the offline agent's, and then makes
-four critic updates a step. A run that was stopped because a loss was not finite has no row here,
-which flatters what breaks."""
+Cal-QL with 4 sampled actions, whose Q still rises then, 200,000 of IQL), and so are the samples of
+the data: compare rows within a dataset that start from the same agents, not with the literature.
+ope-hopper-replay has 360,658 rows, the others about 9,000: wide and narrow data are also large and
+small here, and after 25,000 steps the new rows are 74 % of an appended buffer there, but 6.5 % of
+that one. Wide data are of Hopper alone. TD3-C's constants were chosen before, on one narrow Hopper
+agent with half replay; its D is measured on the batch, with appended replay mostly on old rows.
+TD3's family begins online with fresh optimisers, which makes the first policy updates large, the
+others carry theirs, and IQL's policy, whose rate has decayed to 0 by the switch, has a constant one
+after it: compare within a family. SAC's KL bound holds the temperature, too, and bounds the
+distance from the offline policy where TD3-C bounds the pace. WSRL has two plain critics, not its
+ten with LayerNorm; it does not learn before step 5,000, so that two of its ten evaluations are the
+offline agent's, and then makes four critic updates a step. A run that was stopped because a loss
+was not finite has no row here, which flatters what breaks."""
 CAPTION = """The switch is at 0, where each curve begins at the offline score. Mean over seeds, and
 from the smallest to the largest of them: solid, half of every batch from the dataset; dashed, new
 transitions only; dotted, all rows equally likely. Above, the agents of TD3+BC; below, those of CQL
@@ -341,8 +341,8 @@ def generate(records, profile, figures):
         "five pairs and more its 95 % bootstrap interval), and in how many pairs TD3-C lost less, "
         "or had more."),
         paired_table(groups),
-        ("The control: the same measures where nothing is switched, over 25,000 offline updates, the "
-        "last ones before the switch; for hopper-medium's TD3+BC those after it, offline."),
+        ("The control: the same measures where nothing is switched, over 25,000 offline updates, "
+        "the last ones before the switch; for hopper-medium's TD3+BC those after it, offline."),
         control_table(controls),
         "![Online curves](figures/collapse.png)", CAPTION,
     ]  # fmt: skip

@@ -274,7 +274,7 @@ def test_every_run_is_one_that_its_script_takes(collapse, trials):
             assert replay_of(module, config) == collapse.ROWS[entry][2], entry
         else:
             assert config.online_steps == 0 and entry.endswith(("-offline", "-longer"))
-        if entry in collapse.CONTROLS and entry != "iql":  # the control is evaluated like the online runs
+        if entry in collapse.CONTROLS and entry != "iql":  # like the online runs
             assert (config.eval_interval, config.eval_episodes) == (2_500, 30)
 
 
