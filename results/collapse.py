@@ -311,8 +311,8 @@ agents are small (100,000 offline updates of TD3+BC, on hopper-medium 25,000, 20
 Cal-QL with 4 sampled actions, whose Q still rises then, 200,000 of IQL), and so are the samples of
 the data: compare rows within a dataset that start from the same agents, not with the literature.
 ope-hopper-replay has 360,658 rows, the others about 9,000: wide and narrow data are also large and
-small here, and after 25,000 steps the new rows are 74 % of an appended buffer there, but 6.5 % of
-that one. Wide data are of Hopper alone. TD3-C's constants were chosen before, on one narrow Hopper
+small here, and after 25,000 steps the new rows are 6.5 % of its appended buffer, but 74 % of
+theirs. Wide data are of Hopper alone. TD3-C's constants were chosen before, on one narrow Hopper
 agent with half replay; its D is measured on the batch, with appended replay mostly on old rows.
 TD3's family begins online with fresh optimisers, which makes the first policy updates large, the
 others carry theirs, and IQL's policy, whose rate has decayed to 0 by the switch, has a constant one
