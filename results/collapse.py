@@ -28,6 +28,8 @@ Of each run, in points of score:
     area       mean height of the curve, from the switch to the end, by trapezoids
     distance   of the last policy from the offline one on the states met online, root mean square
                per action dimension (TD3's family)
+    D          the mean of TD3-C's constraint over the online phase, in epsilons: how well it holds
+    multiplier the last one, at most 100
 
 Where the protocol leaves it open: the depth is not clipped, and below 0 says that the run was never
 as low. The area is divided by the steps: it is to be compared with the offline score. TD3 and TD3-C
@@ -69,6 +71,7 @@ ROWS = {  # entry of collapse.toml: (whose offline agents, algorithm online, rep
     "collapse-cal_ql": ("Cal-QL", "Cal-QL", "half"),
 }
 CONTROLS = {"td3_bc-offline": "TD3+BC", "td3_bc-longer": "TD3+BC", "iql": "IQL"}
+COMPARED, OWN = ("depth", "final", "area"), ("D", "multiplier")  # of a pair: TD3-C - TD3, TD3-C
 ALGORITHMS = list(dict.fromkeys(algorithm for _, algorithm, _ in ROWS.values()))
 COLOR = dict(zip(ALGORITHMS, report.COLORS, strict=True))
 LINES = {"half": "-", "online": "--", "append": ":"}  # how the figure draws a replay
@@ -92,7 +95,9 @@ def measures(run):
         "recovered": next(again, None) if fell else None,
         "final": values[-1],
         "area": float(np.trapezoid(values, steps)) / steps[-1],
-        "distance": run.get("distance"),
+        "distance": run.get("distance_to_offline", [None])[-1],
+        "D": float(np.mean(run["constraint"])) / run["epsilon"] if run.get("epsilon") else None,
+        "multiplier": run.get("multiplier", [None])[-1],
     }
 
 
@@ -117,16 +122,21 @@ def recovery(found):
 
 
 def differences(groups):
-    """{(dataset, replay): {measure: TD3-C minus TD3, one value per seed that has both}}."""
+    """{(dataset, replay): {measure: TD3-C minus TD3, one value per seed that has both}}; D and
+    the multiplier are TD3-C's."""
     found = {}
     for (dataset, entry), (runs, _) in groups.items():
         _, algorithm, replay = ROWS[entry]
         if algorithm in ("TD3", "TD3-C"):
             mine = {run["seed"]: measures(run) for run in runs}
             found.setdefault((dataset, replay), {})[algorithm] = mine
-    return {key: {name: [two["TD3-C"][seed][name] - two["TD3"][seed][name]
-                         for seed in sorted(set(two["TD3"]) & set(two["TD3-C"]))]
-                  for name in ("depth", "final", "area")} for key, two in found.items()}
+    pairs = {}
+    for key, two in found.items():
+        seeds = sorted(set(two["TD3"]) & set(two["TD3-C"]))
+        td3_c, td3 = ([two[name][seed] for seed in seeds] for name in ("TD3-C", "TD3"))
+        pairs[key] = {name: [a[name] - b[name] for a, b in zip(td3_c, td3, strict=True)]
+                      for name in COMPARED} | {name: [a[name] for a in td3_c] for name in OWN}
+    return pairs
 
 
 # ---------------------------------------------------------------------------------------- Records
@@ -154,7 +164,7 @@ def read_study(folder, profile):
             controls.setdefault((dataset, CONTROLS[entry]), []).extend(found)
         if entry in ROWS:
             for run in runs:
-                run["distance"] = last_distance(records[name]["curve"], run["seed"])
+                run |= online_columns(records[name], run["seed"])
             finished, planned = groups.setdefault((dataset, entry), ([], 0))
             groups[dataset, entry] = finished + runs, planned + 1
     check_paired(groups)
@@ -162,14 +172,22 @@ def read_study(folder, profile):
     datasets, rows = list(dict.fromkeys(dataset for dataset, _ in groups)), list(ROWS)
     order = sorted(groups, key=lambda key: (datasets.index(key[0]), rows.index(key[1])))
     counts = {script: len(hashes) for script, hashes in sorted(versions.items())}
+    controls = {key: controls[key] for key in sorted(controls, key=lambda k: datasets.index(k[0]))}
     return {key: groups[key] for key in order}, failed, counts, controls
 
 
-def last_distance(curve, seed):
-    """A seed's last distance_to_offline of a record's curve, or None."""
-    column = curve.get("distance_to_offline", [None] * len(curve["seed"]))
-    found = [x for x, s in zip(column, curve["seed"], strict=True) if s == seed and x is not None]
-    return found[-1] if found else None
+def online_columns(record, seed):
+    """What TD3's family logs: {column: a seed's values at the evaluations after the switch}, for
+    those a record has, and TD3-C's epsilon."""
+    curve, found = record["curve"], {}
+    for name in ("distance_to_offline", "constraint", "multiplier"):
+        rows = zip(curve["phase"], curve["seed"], curve.get(name, []), strict=False)
+        values = [x for phase, s, x in rows if (phase, s) == ("online", seed) and x is not None]
+        if values:
+            found[name] = values
+    if "constraint" in found:
+        found["epsilon"] = record["config"]["epsilon"]
+    return found
 
 
 def check_made(name, record, trial):
@@ -226,14 +244,15 @@ def paired_table(groups):
     for replay in LINES:
         mine = [values for (_, its), values in pairs.items() if its == replay]
         pairs["all", replay] = {name: [value for values in mine for value in values[name]]
-                                for name in ("depth", "final", "area")}
-    lines = ["| dataset | replay | pairs | depth | final | area |", "|---" * 6 + "|"]
+                                for name in COMPARED + OWN}
+    lines = [f"| dataset | replay | pairs | {' | '.join(COMPARED + OWN)} |", "|---" * 8 + "|"]
     for (dataset, replay), values in pairs.items():
         if values["area"]:
             better = (("depth", "less", -1), ("final", "more", 1), ("area", "more", 1))
             cells = [f"{report.show(values[name], np.median)}; {word} in "
                      f"{sum(sign * value > 0 for value in values[name])}"
                      for name, word, sign in better]
+            cells += [report.show(values[name], np.median) for name in OWN]
             lines.append(f"| {dataset} | {replay} | {len(values['area'])} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -339,7 +358,7 @@ def generate(records, profile, figures):
         table(groups),
         ("TD3-C minus TD3, seed by seed: the median, in brackets the smallest and the largest (of "
         "five pairs and more its 95 % bootstrap interval), and in how many pairs TD3-C lost less, "
-        "or had more."),
+        "or had more. D, in epsilons, and the last multiplier are TD3-C's own."),
         paired_table(groups),
         ("The control: the same measures where nothing is switched, over 25,000 offline updates, "
         "the last ones before the switch; for hopper-medium's TD3+BC those after it, offline."),

@@ -67,7 +67,8 @@ def test_the_measures_of_a_curve(name, collapse):
     found = collapse.measures({"offline": offline, "points": {"online": points}})
     fell = depth > 0.2 * abs(offline)
     assert found == {"offline": offline, "depth": depth, "fell": fell, "recovered": recovered,
-                     "final": final, "area": pytest.approx(area), "distance": None}  # fmt: skip
+                     "final": final, "area": pytest.approx(area), "distance": None, "D": None,
+                     "multiplier": None}  # fmt: skip
 
 
 def test_the_control_is_the_last_25000_offline_updates(collapse):
@@ -100,10 +101,12 @@ def put(folder, trial, scores, steps, ended="finished"):
     record["versions"] |= {"command": trial.command, "script": script}
     record |= {
         "ended": ended, "reference": {"random": 0, "expert": 100, "source": "made up"},
-        "config": {"init_from": trial.after, "name": trial.name},
+        "config": {"init_from": trial.after, "name": trial.name, "epsilon": 1e-4},
         "starts": [{"git_commit": "0" * 40, "script_sha256": "0" * 64}],
         "curve": {"phase": ["online"] * len(steps), "step": list(map(float, steps)),
                   "distance_to_offline": [0.1] * (len(steps) - 1) + [0.5 + seed / 10],
+                  "constraint": [None] + [1e-4 * (2 + seed)] * (len(steps) - 2) + [5e-4],
+                  "multiplier": [None] + [1.0] * (len(steps) - 2) + [7.0],
                   "seed": [seed] * len(steps), "return": scores, "score": scores,
                   "updates_per_second": [1.0] * len(steps)},
     }  # fmt: skip
@@ -143,8 +146,9 @@ def test_the_table_shows_what_is_there_and_counts_what_is_not(collapse, records)
     assert collapse.count(groups) == "3 of 156 runs finished"
     assert versions == {"td3_bc.py": 1, "td3_c.py": 1} and controls == {}
     assert collapse.differences(groups)["hopper-medium", "half"] == {
-        "depth": [-51], "final": [-7], "area": [pytest.approx(61.95 - 31.0)]}
-    cells = "| half | 1 | -51.0; less in 1 | -7.0; more in 0 | 31.0; more in 1 |"
+        "depth": [-51], "final": [-7], "area": [pytest.approx(61.95 - 31.0)],
+        "D": [pytest.approx(3)], "multiplier": [7]}  # fmt: skip
+    cells = "| half | 1 | -51.0; less in 1 | -7.0; more in 0 | 31.0; more in 1 | 3.0 | 7.0 |"
     assert collapse.paired_table(groups).splitlines()[2:] == [
         f"| hopper-medium {cells}", f"| all {cells}"]
 
