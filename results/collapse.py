@@ -28,8 +28,9 @@ Of each run, in points of score:
     area       mean height of the curve, from the switch to the end, by trapezoids
     distance   of the last policy from the offline one on the states met online, root mean square
                per action dimension (TD3's family)
-    D          the mean of TD3-C's constraint over the online phase, in epsilons: how well it holds
-    multiplier the last one, at most 100
+    D          of TD3-C, the mean of its constraint over the evaluations (each row of metrics.csv is
+               a mean of 500 steps), in epsilons: how well it holds
+    multiplier of TD3-C, the last one, at most 100
 
 Where the protocol leaves it open: the depth is not clipped, and below 0 says that the run was never
 as low. The area is divided by the steps: it is to be compared with the offline score. TD3 and TD3-C
@@ -71,7 +72,8 @@ ROWS = {  # entry of collapse.toml: (whose offline agents, algorithm online, rep
     "collapse-cal_ql": ("Cal-QL", "Cal-QL", "half"),
 }
 CONTROLS = {"td3_bc-offline": "TD3+BC", "td3_bc-longer": "TD3+BC", "iql": "IQL"}
-COMPARED, OWN = ("depth", "final", "area"), ("D", "multiplier")  # of a pair: TD3-C - TD3, TD3-C
+COMPARED = {"depth": ("less", -1), "final": ("more", 1), "area": ("more", 1)}  # what is better
+OWN = ("D", "multiplier")  # what only TD3-C has
 ALGORITHMS = list(dict.fromkeys(algorithm for _, algorithm, _ in ROWS.values()))
 COLOR = dict(zip(ALGORITHMS, report.COLORS, strict=True))
 LINES = {"half": "-", "online": "--", "append": ":"}  # how the figure draws a replay
@@ -181,7 +183,8 @@ def online_columns(record, seed):
     those a record has, and TD3-C's epsilon."""
     curve, found = record["curve"], {}
     for name in ("distance_to_offline", "constraint", "multiplier"):
-        rows = zip(curve["phase"], curve["seed"], curve.get(name, []), strict=False)
+        column = curve.get(name, [None] * len(curve["seed"]))
+        rows = zip(curve["phase"], curve["seed"], column, strict=True)
         values = [x for phase, s, x in rows if (phase, s) == ("online", seed) and x is not None]
         if values:
             found[name] = values
@@ -244,14 +247,13 @@ def paired_table(groups):
     for replay in LINES:
         mine = [values for (_, its), values in pairs.items() if its == replay]
         pairs["all", replay] = {name: [value for values in mine for value in values[name]]
-                                for name in COMPARED + OWN}
-    lines = [f"| dataset | replay | pairs | {' | '.join(COMPARED + OWN)} |", "|---" * 8 + "|"]
+                                for name in (*COMPARED, *OWN)}
+    lines = [f"| dataset | replay | pairs | {' | '.join((*COMPARED, *OWN))} |", "|---" * 8 + "|"]
     for (dataset, replay), values in pairs.items():
         if values["area"]:
-            better = (("depth", "less", -1), ("final", "more", 1), ("area", "more", 1))
             cells = [f"{report.show(values[name], np.median)}; {word} in "
                      f"{sum(sign * value > 0 for value in values[name])}"
-                     for name, word, sign in better]
+                     for name, (word, sign) in COMPARED.items()]
             cells += [report.show(values[name], np.median) for name in OWN]
             lines.append(f"| {dataset} | {replay} | {len(values['area'])} | {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -153,6 +153,17 @@ def test_the_table_shows_what_is_there_and_counts_what_is_not(collapse, records)
         f"| hopper-medium {cells}", f"| all {cells}"]
 
 
+def test_columns_are_of_one_seed_and_of_the_online_phase(collapse):
+    curve = {"phase": ["offline", "online", "online", "online", "online"], "seed": [0, 0, 1, 0, 1],
+             "constraint": [9.0, None, 5.0, 2.0, 6.0], "multiplier": [9.0, 1.0, 5.0, 2.0, 6.0]}
+    record = {"curve": curve, "config": {"epsilon": 0.5}}
+    assert collapse.online_columns(record, 0) == {
+        "constraint": [2.0], "multiplier": [1.0, 2.0], "epsilon": 0.5}  # fmt: skip
+    assert collapse.online_columns(record, 1)["multiplier"] == [5.0, 6.0]
+    bare = {"curve": {"phase": ["online"], "seed": [0]}, "config": {}}  # SAC's, say
+    assert collapse.online_columns(bare, 0) == {}
+
+
 def test_pairs_of_all_datasets_are_pooled_by_replay(collapse, records, trials):
     named, steps = {trial.name: trial for trial in trials}, [0, 25 * K, 50 * K]
     for replay, seed, last in (("half", 0, 20), ("half", 1, 80), ("append", 0, 70)):
