@@ -128,7 +128,8 @@ class Config:
     tau: float = 0.005  # both targets: fraction of the new network per update of the policy
     buffer_size: int = 1_000_000  # online transitions kept, per seed
     hidden_dims: tuple[int, ...] = (256, 256)  # widths of every network
-    learning_rate: float = 3e-4  # Adam, every network
+    learning_rate: float = 3e-4  # Adam, critics
+    policy_learning_rate: float = 3e-4  # Adam, policy
     utd_ratio: int = 1  # updates per environment step
     warmup_steps: int = 1_000  # environment steps before the first online update
     # TD3
@@ -177,10 +178,11 @@ RANGES = {  # smallest and largest accepted value
     "num_seeds": (1, 4096), "offline_steps": (0, 10**9), "online_steps": (0, 10**9),
     "eval_interval": (1, 10**9), "eval_episodes": (1, 10**4), "log_interval": (1, 10**9),
     "batch_size": (1, 10**6), "discount": (0.0, 1.0), "tau": (0.0, 1.0), "utd_ratio": (1, 1000),
-    "learning_rate": (0.0, 1.0), "num_critics": (1, 100), "seed": (0, 2**31 - 1),
-    "buffer_size": (1, 10**9), "warmup_steps": (0, 10**9), "reward_scale": (-1e9, 1e9),
-    "reward_shift": (-1e9, 1e9), "policy_delay": (1, 1000), "target_noise": (0.0, 2.0),
-    "noise_clip": (0.0, 2.0), "exploration_noise": (0.0, 2.0), "q_weight": (0.0, 1e6),
+    "learning_rate": (0.0, 1.0), "policy_learning_rate": (0.0, 1.0), "num_critics": (1, 100),
+    "seed": (0, 2**31 - 1), "buffer_size": (1, 10**9), "warmup_steps": (0, 10**9),
+    "reward_scale": (-1e9, 1e9), "reward_shift": (-1e9, 1e9), "policy_delay": (1, 1000),
+    "target_noise": (0.0, 2.0), "noise_clip": (0.0, 2.0), "exploration_noise": (0.0, 2.0),
+    "q_weight": (0.0, 1e6),
     "epsilon": (0.0, math.inf), "epsilon_end": (0.0, 4.0), "epsilon_updates": (1, 10**9),
     "reference_period": (1, 10**9), "multiplier": (0.05, 100.0), "anneal_updates": (1, 10**9),
     "dual_learning_rate": (0.0, 1.0),
@@ -316,10 +318,10 @@ def create_agent_state(key, observation_dim, action_dim, config):
     critic = CriticEnsemble(config.hidden_dims, config.num_critics)
     actor_params = actor.init(actor_key, observations)
     critic_params = critic.init(critic_key, observations, actions)
-    adam = optax.adam(config.learning_rate)
+    adam, policy_adam = optax.adam(config.learning_rate), optax.adam(config.policy_learning_rate)
     eta = jnp.float32(config.multiplier + math.log(-math.expm1(-config.multiplier)))
     return AgentState(
-        actor=TrainState.create(apply_fn=actor.apply, params=actor_params, tx=adam),
+        actor=TrainState.create(apply_fn=actor.apply, params=actor_params, tx=policy_adam),
         critic=TrainState.create(apply_fn=critic.apply, params=critic_params, tx=adam),
         target_actor_params=jax.tree.map(jnp.copy, actor_params),
         target_critic_params=jax.tree.map(jnp.copy, critic_params),

@@ -254,7 +254,7 @@ def replay(s, batches, noises, c, policy_loss):
     both targets."""
     zeros = jax.tree.map(np.zeros_like, s)
     moments = {name: (zeros[name], zeros[name]) for name in ("critic", "actor", "eta") if name in s}
-    rates = {"actor": c.learning_rate, "eta": getattr(c, "dual_learning_rate", 0)}
+    rates = {"actor": c.policy_learning_rate, "eta": getattr(c, "dual_learning_rate", 0)}
     losses, states = {"actor": policy_loss, "eta": dual_of}, []
     with jax.enable_x64(True):
         gradient = {name: jax.jit(jax.grad(partial(loss, c=c, xp=jnp)))
@@ -293,7 +293,8 @@ def test_updates_replayed_step_by_step(case, request):
     """Q each time; pi, the multiplier and the targets at the 2nd and 4th of 5 updates."""
     name, function, loss, settings = CASES[case]
     script = request.getfixturevalue(name)
-    config = config_of(script, learning_rate=1e-2, tau=0.2, **settings)
+    config = config_of(
+        script, learning_rate=1e-2, policy_learning_rate=3e-3, tau=0.2, **settings)
     state = fresh(script, config)
     batches, noises, key = [batch_of(script, i) for i in range(5)], [], state.key
     for _ in batches:
@@ -452,8 +453,8 @@ def bandit(script, rows):
 
 
 STATES = np.array([[-1.0], [1.0]], np.float32)
-BANDIT = dict(hidden_dims=(32, 32), learning_rate=1e-3, batch_size=64, tau=0.05, utd_ratio=500,
-              warmup_steps=0, replay="append")  # fmt: skip
+BANDIT = dict(hidden_dims=(32, 32), learning_rate=1e-3, policy_learning_rate=1e-3, batch_size=64,
+              tau=0.05, utd_ratio=500, warmup_steps=0, replay="append")  # fmt: skip
 
 
 @lru_cache
