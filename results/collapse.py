@@ -34,10 +34,12 @@ Of each run, in points of score:
 
 Where the protocol leaves it open: the depth is not clipped, and below 0 says that the run was never
 as low. The area is divided by the steps: it is to be compared with the offline score. TD3 and TD3-C
-are also compared seed by seed, as every pair starts from one agent. The control: the same measures
-where nothing is switched, of 25,000 offline updates, as many as the online steps in which a
-collapse is looked for: the last ones before the switch, or, where the agents have no more than
-that, those after it, of the same run gone on with offline.
+are also compared seed by seed, as every pair starts from one agent. Two controls. Is it the switch?
+The same measures where nothing is switched, of 25,000 offline updates, as many as the online steps
+in which a collapse is looked for: the last ones before the switch, or, where the agents have no
+more than that, those after it, of the same run gone on with offline. Is the constraint anything but
+a slow pace? Plain TD3, half of every batch from the dataset, with a hundredth and with a thousandth
+of the policy's learning rate: the latter leaves the offline policy about as slowly as TD3-C does.
 """
 
 import argparse
@@ -61,6 +63,8 @@ ROWS = {  # entry of collapse.toml: (whose offline agents, algorithm online, rep
     "collapse-td3-online": ("TD3+BC", "TD3", "online"),
     "collapse-td3-append": ("TD3+BC", "TD3", "append"),
     "collapse-td3-half": ("TD3+BC", "TD3", "half"),
+    "collapse-td3-rate100": ("TD3+BC", "TD3, rate/100", "half"),
+    "collapse-td3-rate1000": ("TD3+BC", "TD3, rate/1000", "half"),
     "collapse-td3_c-online": ("TD3+BC", "TD3-C", "online"),
     "collapse-td3_c-append": ("TD3+BC", "TD3-C", "append"),
     "collapse-td3_c-half": ("TD3+BC", "TD3-C", "half"),
@@ -74,8 +78,9 @@ ROWS = {  # entry of collapse.toml: (whose offline agents, algorithm online, rep
 CONTROLS = {"td3_bc-offline": "TD3+BC", "td3_bc-longer": "TD3+BC", "iql": "IQL"}
 COMPARED = {"depth": ("less", -1), "final": ("more", 1), "area": ("more", 1)}  # what is better
 OWN = ("D", "multiplier")  # what only TD3-C has
+PLAIN = ("TD3", "TD3, rate/100", "TD3, rate/1000")  # what TD3-C is compared with, seed by seed
 ALGORITHMS = list(dict.fromkeys(algorithm for _, algorithm, _ in ROWS.values()))
-COLOR = dict(zip(ALGORITHMS, report.COLORS, strict=True))
+COLOR = dict(zip(ALGORITHMS, [*report.COLORS, "#000000", "#a6761d"], strict=True))
 LINES = {"half": "-", "online": "--", "append": ":"}  # how the figure draws a replay
 
 
@@ -124,20 +129,19 @@ def recovery(found):
 
 
 def differences(groups):
-    """{(dataset, replay): {measure: TD3-C minus TD3, one value per seed that has both}}; D and
-    the multiplier are TD3-C's."""
+    """{(dataset, plain algorithm, replay): {measure: TD3-C minus that, one value per seed that has
+    both}}; D and the multiplier are TD3-C's."""
     found = {}
     for (dataset, entry), (runs, _) in groups.items():
-        _, algorithm, replay = ROWS[entry]
-        if algorithm in ("TD3", "TD3-C"):
-            mine = {run["seed"]: measures(run) for run in runs}
-            found.setdefault((dataset, replay), {})[algorithm] = mine
+        found[dataset, *ROWS[entry][1:]] = {run["seed"]: measures(run) for run in runs}
     pairs = {}
-    for key, two in found.items():
-        seeds = sorted(set(two["TD3"]) & set(two["TD3-C"]))
-        td3_c, td3 = ([two[name][seed] for seed in seeds] for name in ("TD3-C", "TD3"))
-        pairs[key] = {name: [a[name] - b[name] for a, b in zip(td3_c, td3, strict=True)]
-                      for name in COMPARED} | {name: [a[name] for a in td3_c] for name in OWN}
+    for (dataset, algorithm, replay), plain in found.items():
+        if algorithm in PLAIN:
+            td3_c = found[dataset, "TD3-C", replay]
+            two = [(td3_c[seed], plain[seed]) for seed in sorted(set(td3_c) & set(plain))]
+            pairs[dataset, algorithm, replay] = {
+                name: [a[name] - b[name] for a, b in two] for name in COMPARED
+            } | {name: [a[name] for a, _ in two] for name in OWN}
     return pairs
 
 
@@ -242,20 +246,22 @@ def table(groups):
 
 
 def paired_table(groups):
-    """TD3-C minus TD3, seed by seed, in Markdown: a row per dataset and replay, and per replay."""
+    """TD3-C minus what is plain, seed by seed, in Markdown: a row per dataset, algorithm and
+    replay, and one of all datasets."""
     pairs = differences(groups)
-    for replay in LINES:
-        mine = [values for (_, its), values in pairs.items() if its == replay]
-        pairs["all", replay] = {name: [value for values in mine for value in values[name]]
-                                for name in (*COMPARED, *OWN)}
-    lines = [f"| dataset | replay | pairs | {' | '.join((*COMPARED, *OWN))} |", "|---" * 8 + "|"]
-    for (dataset, replay), values in pairs.items():
+    for key in dict.fromkeys(key[1:] for key in pairs):
+        mine = [values for (_, *its), values in pairs.items() if tuple(its) == key]
+        pairs["all", *key] = {name: [value for values in mine for value in values[name]]
+                              for name in (*COMPARED, *OWN)}
+    columns = ("dataset", "minus", "replay", "pairs", *COMPARED, *OWN)
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for key, values in pairs.items():
         if values["area"]:
             cells = [f"{report.show(values[name], np.median)}; {word} in "
                      f"{sum(sign * value > 0 for value in values[name])}"
                      for name, (word, sign) in COMPARED.items()]
             cells += [report.show(values[name], np.median) for name in OWN]
-            lines.append(f"| {dataset} | {replay} | {len(values['area'])} | {' | '.join(cells)} |")
+            lines.append(f"| {' | '.join([*key, str(len(values['area'])), *cells])} |")
     return "\n".join(lines)
 
 
@@ -358,9 +364,9 @@ def generate(records, profile, figures):
         (f"{count(groups)}; failed: {'; '.join(failed) or 'none'}. Versions of each script that "
         f"made runs: {made_by}."),
         table(groups),
-        ("TD3-C minus TD3, seed by seed: the median, in brackets the smallest and the largest (of "
-        "five pairs and more its 95 % bootstrap interval), and in how many pairs TD3-C lost less, "
-        "or had more. D, in epsilons, and the last multiplier are TD3-C's own."),
+        ("TD3-C minus plain TD3, seed by seed: the median, in brackets the smallest and the "
+        "largest (of five pairs and more its 95 % bootstrap interval), and in how many pairs TD3-C "
+        "lost less, or had more. D, in epsilons, and the last multiplier are TD3-C's own."),
         paired_table(groups),
         ("The control: the same measures where nothing is switched, over 25,000 offline updates, "
         "the last ones before the switch; for hopper-medium's TD3+BC those after it, offline."),

@@ -143,12 +143,12 @@ def test_the_table_shows_what_is_there_and_counts_what_is_not(collapse, records)
     ]  # fmt: skip
     assert all(set(row[5:]) == {"-"} for row in rows if row[4] == "0 of 3")
     assert len(failed) == 1 and "seed2: not finite: q" in failed[0]
-    assert collapse.count(groups) == "3 of 156 runs finished"
+    assert collapse.count(groups) == "3 of 180 runs finished"
     assert versions == {"td3_bc.py": 1, "td3_c.py": 1} and controls == {}
-    assert collapse.differences(groups)["hopper-medium", "half"] == {
+    assert collapse.differences(groups)["hopper-medium", "TD3", "half"] == {
         "depth": [-51], "final": [-7], "area": [pytest.approx(61.95 - 31.0)],
         "D": [pytest.approx(3)], "multiplier": [7]}  # fmt: skip
-    cells = "| half | 1 | -51.0; less in 1 | -7.0; more in 0 | 31.0; more in 1 | 3.0 | 7.0 |"
+    cells = "| TD3 | half | 1 | -51.0; less in 1 | -7.0; more in 0 | 31.0; more in 1 | 3.0 | 7.0 |"
     assert collapse.paired_table(groups).splitlines()[2:] == [
         f"| hopper-medium {cells}", f"| all {cells}"]
 
@@ -166,18 +166,22 @@ def test_columns_are_of_one_seed_and_of_the_online_phase(collapse):
 
 def test_pairs_of_all_datasets_are_pooled_by_replay(collapse, records, trials):
     named, steps = {trial.name: trial for trial in trials}, [0, 25 * K, 50 * K]
-    for replay, seed, last in (("half", 0, 20), ("half", 1, 80), ("append", 0, 70)):
-        for algorithm, end in (("td3", 60), ("td3_c", last)):
-            name = f"collapse-{algorithm}-{replay}/halfcheetah-medium/seed{seed}"
-            put(records, named[name], [60, 60, end], steps)
+    made = {"td3-half": (60, 60), "td3_c-half": (20, 80), "td3-append": (60,),
+            "td3_c-append": (70,), "td3-rate1000": (15,)}  # fmt: skip
+    for name, ends in made.items():
+        for seed, end in enumerate(ends):
+            trial = named[f"collapse-{name}/halfcheetah-medium/seed{seed}"]
+            put(records, trial, [60, 60, end], steps)
     rows = collapse.paired_table(collapse.read_study(records, "cpu")[0]).splitlines()
-    found = {tuple(row.split(" | ")[:3]): row.split(" | ")[4] for row in rows[2:]}
+    found = {tuple(row.split(" | ")[:4]): row.split(" | ")[5] for row in rows[2:]}
     assert found == {
-        ("| hopper-medium", "half", "1"): "-7.0; more in 0",
-        ("| halfcheetah-medium", "half", "2"): "-10.0 [-40.0, 20.0]; more in 1",
-        ("| halfcheetah-medium", "append", "1"): "10.0; more in 1",
-        ("| all", "half", "3"): "-7.0 [-40.0, 20.0]; more in 1",
-        ("| all", "append", "1"): "10.0; more in 1",
+        ("| hopper-medium", "TD3", "half", "1"): "-7.0; more in 0",
+        ("| halfcheetah-medium", "TD3", "half", "2"): "-10.0 [-40.0, 20.0]; more in 1",
+        ("| halfcheetah-medium", "TD3", "append", "1"): "10.0; more in 1",
+        ("| halfcheetah-medium", "TD3, rate/1000", "half", "1"): "5.0; more in 1",
+        ("| all", "TD3", "half", "3"): "-7.0 [-40.0, 20.0]; more in 1",
+        ("| all", "TD3", "append", "1"): "10.0; more in 1",
+        ("| all", "TD3, rate/1000", "half", "1"): "5.0; more in 1",
     }  # fmt: skip
 
 
@@ -208,7 +212,7 @@ def test_runs_of_one_family_begin_with_one_agent(collapse, records, trials):
 def test_all_that_is_generated(collapse, records):
     written = collapse.generate(records, "cpu", records)
     text, readme = (written[ROOT / name] for name in ("results/collapse.md", "README.md"))
-    assert "3 of 156 runs finished; failed: cpu/collapse-td3-half/hopper-medium/seed2" in text
+    assert "3 of 180 runs finished; failed: cpu/collapse-td3-half/hopper-medium/seed2" in text
     part = readme.partition("<!-- collapse -->")[2].partition("<!-- end of collapse -->")[0]
     assert part.count("\n| hopper-medium |") == 2 and "0 of 3" not in part
     assert (records / "collapse.png").stat().st_size > 10_000
@@ -309,16 +313,21 @@ def test_every_row_is_in_the_matrix_and_no_run_is_in_it_twice(collapse, trials):
     names = {trial.name.split("/")[0] for trial in trials}
     assert names - set(collapse.ROWS) == {
         "td3_bc-offline", "td3_bc-longer", "cql-offline", "cal_ql-offline"}  # fmt: skip
-    assert set(collapse.ROWS) < names and len(trials) == 195
+    assert set(collapse.ROWS) < names and len(trials) == 219
     runs = [(*trial.command[:-1], trial.after) for trial in trials]
     assert len(set(runs)) == len(runs)
-    wanted = {"TD3+BC": "bc", "TD3": "td3"}
+    wanted = {"TD3+BC": "bc"} | dict.fromkeys(collapse.PLAIN, "td3")
     for trial in trials:
         agents, algorithm, _ = collapse.ROWS.get(trial.name.split("/")[0], ("", "", ""))
         if trial.after:
             assert agents.lower().replace("+", "_").replace("-", "_") == trial.after.split("-")[0]
         if algorithm in wanted:
             assert value_of(trial.command, "--online-loss") == wanted[algorithm]
+            slower = algorithm.partition("rate/")[2]
+            assert bool(slower) == ("--policy-learning-rate" in trial.command)
+            if slower:
+                rate = float(value_of(trial.command, "--policy-learning-rate"))
+                assert rate == pytest.approx(3e-4 / int(slower))
 
 
 def test_what_both_matrices_have_is_the_same_run():
