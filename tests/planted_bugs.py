@@ -467,6 +467,9 @@ BUGS = {
         "imitation = ((actions - batch.actions) ** 2).sum(axis=-1).mean()", TD3, "actor_losses"),
     "td3-no-delay": (TD3_BC, "due = critic.step % config.policy_delay == 0",
                      "due = critic.step > 0", TD3, "replayed and TD3+BC"),
+    "td3-pi-at-the-critic-s-rate": (
+        TD3_BC, "apply_fn=actor.apply, params=actor_params, tx=policy_adam",
+        "apply_fn=actor.apply, params=actor_params, tx=adam", TD3, "replayed and TD3+BC"),
     "td3-pi-with-the-old-q": (
         TD3_BC, ("    state = state.replace(critic=critic, key=key)\n\n    def delayed(state):\n"
         "        state, info = improve(state, batch, config)\n"),
