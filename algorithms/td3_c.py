@@ -3,8 +3,9 @@
 After the switch plain TD3 improves fast, but it may collapse first: the critic is right where the
 data were, and the policy leaves. Here it may be no further than epsilon, in mean squared action,
 from a reference policy, by default a slow average of itself, which bounds its speed and not where
-it gets to. A learnt multiplier is the price of the distance: it needs time, so that the bound holds
-on average and not in every step, and in the first ones not at all.
+it gets to. A learnt multiplier is the price of the distance. It needs time: in the first steps the
+bound does not hold, later it holds on average, and on some data not even that: D is 2 to 4 epsilon,
+and the multiplier as large as it may be.
 
 This is a RECONSTRUCTION of the conservative policy optimisation of
     Luo, Kay, Grefenstette, Deisenroth: Finetuning from Offline RL, arXiv 2303.17396
@@ -19,21 +20,26 @@ are not. The form below is the one we take it to have; numbers of it are not the
     dual         L_dual = multiplier * (epsilon - D), multiplier = softplus(eta)
 
 pi_ref, by --reference: ema (the target policy), periodic (a copy every reference_period updates),
-best (the best evaluated so far: training sees evaluations) or frozen (the offline policy). For the
-last two OCR-CFT's line is --epsilon 0.0025 --epsilon-end 0.04. --epsilon inf is td3_bc.py with
---online-loss td3, to the bit; --dual annealed --multiplier 0.8 is the penalty of PROTO-TD3.
+best (the best evaluated so far: training sees evaluations) or frozen (the offline policy). For best
+OCR-CFT has the line --epsilon 0.0025 --epsilon-end 0.04, of use with frozen, too. --epsilon inf is
+td3_bc.py with --online-loss td3, to the bit; --dual annealed --multiplier 0.8 is PROTO's penalty.
 
     python algorithms/td3_c.py                                  # the dataset in this repository
-    python algorithms/td3_c.py --init-from RUN --online-steps 100000  # RUN of td3_bc.py, or of this
+    python algorithms/td3_c.py --init-from RUN                  # RUN of td3_bc.py, or of this, that
+                                                                # was made with --online-steps 0
 
 Deviations from the authors' code (there is none: from the code of its neighbours):
  1. Constants are ours: epsilon 1e-4 and dual_learning_rate 1e-2 did not collapse in a prototype on
-    Hopper where epsilon 1e-3 did. The multiplier stays in 0.05 ... 100: it has to turn round. A
-    small epsilon is met only loosely, as Adam rescales the penalty's gradient, too: report D.
- 2. OCR-CFT (arXiv 2412.18855), the best reference: no reconstruction of the critic, no penalty in
-    its target, softplus for exp, and no more weight for violations than for slack.
- 3. PROTO (arXiv 2305.15669), the annealed multiplier: TD3+BC before it, not XQL; no penalty in
-    the critic's target; 0.8 Q-weights, as its 2 stands beside 2.5 Q / mean|Q|.
+    Hopper where epsilon 1e-3 did. The multiplier stays in 0.05 ... multiplier_max, so that it can
+    turn round. A small epsilon is met only loosely, as Adam rescales the penalty's gradient, too:
+    report D. With --no-normalize-q the multiplier is on Q's scale: raise multiplier_max, too.
+ 2. OCR-CFT (arXiv 2412.18855), the best reference: no reconstruction of the critic, no LayerNorm,
+    no penalty in its target; softplus for exp, rates 1e-2 for 5e-5 (multiplier) and 3e-4 for 1e-4
+    (policy), no more weight for violations than for slack; the best of evaluations that are
+    eval_interval apart, where theirs are 1,000 steps apart.
+ 3. PROTO (arXiv 2305.15669), the annealed multiplier: TD3+BC before it, not XQL; no penalty in the
+    critic's target, whose actions are noisy here; 0.8 Q-weights, as its 2 stands beside
+    2.5 Q / mean|Q|; its replay, exploration noise and scale of rewards are not taken over.
  4. As in td3_bc.py: what happens at the switch, initialisation, the domains' settings, the clipped
     actions, the last rows of cut trajectories.
 """
@@ -152,6 +158,7 @@ class Config:
     reference_period: int = 100  # updates of the policy from one periodic reference to the next
     dual: Literal["learned", "annealed"] = "learned"  # the multiplier; annealed: PROTO's
     multiplier: float = 1.0  # price of D at the switch
+    multiplier_max: float = 100.0  # largest one that is learnt
     dual_learning_rate: float = 1e-2  # Adam, the learned multiplier
     anneal_updates: int = 555_556  # of the policy until the annealed multiplier is 0
 
@@ -184,25 +191,27 @@ RANGES = {  # smallest and largest accepted value
     "target_noise": (0.0, 2.0), "noise_clip": (0.0, 2.0), "exploration_noise": (0.0, 2.0),
     "q_weight": (0.0, 1e6),
     "epsilon": (0.0, math.inf), "epsilon_end": (0.0, 4.0), "epsilon_updates": (1, 10**9),
-    "reference_period": (1, 10**9), "multiplier": (0.05, 100.0), "anneal_updates": (1, 10**9),
-    "dual_learning_rate": (0.0, 1.0),
+    "reference_period": (1, 10**9), "multiplier": (0.05, 100.0), "multiplier_max": (5.0, 1e6),
+    "dual_learning_rate": (0.0, 1.0), "anneal_updates": (1, 10**9),
 }
 
 INIT_FROM = ("td3_bc", "td3_c")  # scripts whose checkpoints --init-from takes
+REFERENCES = {"ema": "target_actor_params", "frozen": "offline_actor_params",  # in AgentState
+              "periodic": "reference_params", "best": "reference_params"}
 
 METRICS = {  # every column of metrics.csv that is the algorithm's own, with its healthy range
     "critic_loss": "squared TD error, summed over critics; bounded, may grow with q",
     "q": "mean Q of the batch; near or above the dataset's discounted return, never far above",
     "actor_loss": "imitation - q_weight * Q over its mean magnitude; near -q_weight or q_weight, "
     "online without imitation near -1 or 1: the sign of Q",
-    "constraint": "D, mean squared distance from the reference policy; epsilon or a few times it; "
-    "the square root is per action dimension: 0.01 for 1e-4",
-    "multiplier": "price of D; rises while D is above epsilon; annealed: falls to 0",
+    "constraint": "D on the batch, old rows and new; around epsilon, in a row up to 40 times it",
+    "multiplier": "price of D; at multiplier_max the bound is not met; annealed: falls to 0",
+    "distance_to_reference": "the root of D on new states; about 0.01 for epsilon 1e-4",
     "imitation": "mean squared distance of the policy's actions from the batch's; falls, then flat",
-    "offline_q": "online: mean Q of dataset rows; falls when the critic forgets them",
-    "online_q": "online: mean Q of new transitions; far below offline_q after a collapse",
+    "offline_q": "online: mean Q of dataset rows; drifts where they are no longer replayed",
+    "online_q": "online: mean Q of new transitions, in the agent's own states; shows no collapse",
     "distance_to_offline": "online: root mean square distance, per action dimension, of the policy "
-    "from the one at the switch, on new states; a jump is the beginning of a collapse",
+    "from the one at the switch, on new states; a jump is a warning, on narrow data of a collapse",
 }
 
 # --------------------------------------------------------------------- Networks and distributions
@@ -319,6 +328,7 @@ def create_agent_state(key, observation_dim, action_dim, config):
     actor_params = actor.init(actor_key, observations)
     critic_params = critic.init(critic_key, observations, actions)
     adam, policy_adam = optax.adam(config.learning_rate), optax.adam(config.policy_learning_rate)
+    dual_adam = optax.adam(config.dual_learning_rate)
     eta = jnp.float32(config.multiplier + math.log(-math.expm1(-config.multiplier)))
     return AgentState(
         actor=TrainState.create(apply_fn=actor.apply, params=actor_params, tx=policy_adam),
@@ -327,9 +337,7 @@ def create_agent_state(key, observation_dim, action_dim, config):
         target_critic_params=jax.tree.map(jnp.copy, critic_params),
         offline_actor_params=jax.tree.map(jnp.copy, actor_params),
         key=key,
-        multiplier=TrainState.create(
-            apply_fn=jax.nn.softplus, params={"eta": eta}, tx=optax.adam(config.dual_learning_rate)
-        ),
+        multiplier=TrainState.create(apply_fn=jax.nn.softplus, params={"eta": eta}, tx=dual_adam),
         reference_params=jax.tree.map(jnp.copy, actor_params),
         best_return=jnp.finfo(jnp.float32).min,
         exploration_noise=config.exploration_noise,
@@ -384,15 +392,14 @@ def td3_loss(params, state, batch, key, config):
 
 def constrained_loss(params, state, batch, key, config):
     """TD3-C: the policy ascends Q_1 and pays for its distance from the reference policy."""
-    reference = {"ema": state.target_actor_params, "frozen": state.offline_actor_params}
-    reference = reference.get(config.reference, state.reference_params)
+    reference = getattr(state, REFERENCES[config.reference])
     actions = state.actor.apply_fn(params, batch.observations)  # (B, A)
     wanted = state.actor.apply_fn(reference, batch.observations)  # (B, A)
     distance = ((actions - wanted) ** 2).mean()  # D
     price = state.multiplier.apply_fn(state.multiplier.params["eta"])
     if config.dual == "annealed":
-        left = 1.0 - state.multiplier.step / config.anneal_updates
-        price = config.multiplier * jnp.maximum(left, 0.0)
+        falling = optax.linear_schedule(config.multiplier, 0.0, config.anneal_updates)
+        price = falling(state.multiplier.step)
     loss = td3_loss(params, state, batch, key, config)[0] + price * distance
     return loss, {"actor_loss": loss, "constraint": distance, "multiplier": price}
 
@@ -400,8 +407,8 @@ def constrained_loss(params, state, batch, key, config):
 def dual_loss(params, state, distance, config):
     """The multiplier rises while D is above its bound, and falls below it."""
     end = config.epsilon if config.epsilon_end is None else config.epsilon_end
-    progress = jnp.minimum(state.multiplier.step / config.epsilon_updates, 1.0)
-    epsilon = config.epsilon + (end - config.epsilon) * progress
+    bound = optax.linear_schedule(config.epsilon, end, config.epsilon_updates)
+    epsilon = bound(state.multiplier.step)
     return state.multiplier.apply_fn(params["eta"]) * (epsilon - distance), {}
 
 
@@ -446,15 +453,14 @@ def td3_update(state, batch, config, improve):
 
 
 def constrained_step(state, batch, config):
-    """One step of the policy, and one of the multiplier at the same D. A periodic reference is
-    taken before them, for the first time at once."""
+    """One step of the policy, and of the multiplier at the same D; first, a periodic reference."""
     if config.reference == "periodic":
         take = partial(jnp.where, state.multiplier.step % config.reference_period == 0)
         reference = jax.tree.map(take, state.actor.params, state.reference_params)
         state = state.replace(reference_params=reference)
     new, info = policy_step(state, batch, config, constrained_loss)
     multiplier, _ = gradient_step(state.multiplier, dual_loss, state, info["constraint"], config)
-    bounded = {"eta": jnp.clip(multiplier.params["eta"], -3.0, 100.0)}  # 0.05 ... 100
+    bounded = {"eta": jnp.clip(multiplier.params["eta"], -3.0, config.multiplier_max)}  # 0.05 ...
     return new.replace(multiplier=multiplier.replace(params=bounded)), info
 
 
@@ -477,9 +483,8 @@ def begin_finetuning(state, config):
 
 def online_update(state, batch, config):
     """TD3's update, the policy by the loss that is chosen for the online phase."""
-    improve = constrained_step
-    if math.isinf(config.epsilon):  # known before anything is compiled: not a digit differs
-        improve = partial(policy_step, loss_fn=td3_loss)
+    plain = partial(policy_step, loss_fn=td3_loss)  # known when compiled: not a digit differs
+    improve = plain if math.isinf(config.epsilon) else constrained_step
     return td3_update(state, batch, config, improve)
 
 
@@ -1252,7 +1257,9 @@ def resume_run(run):
 def take_over(run, source):
     """Put agent and transform of a checkpoint of INIT_FROM into `run`. What td3_c.py has beside
     them stays behind, or is fresh here."""
-    arrays, _, found = load_own_checkpoint(source, INIT_FROM)
+    arrays, meta, found = load_own_checkpoint(source, INIT_FROM)
+    if meta["online"]:
+        print(f"agent     has {meta['online']:,} online steps behind it: {found}")
     fresh = named_arrays(to_host(run.shards), "state")
     beside = tuple(f"state/{name}" for name in ("multiplier", "reference_params", "best_return"))
     mine = {name: x for name, x in arrays.items() if not name.startswith(beside)}
@@ -1741,26 +1748,31 @@ def online_chunk_with_q(run, num_steps):
     return values | offline_q(run) | {"online_q": to_host(q)}
 
 
-@jax.jit
-def distance_to_offline(state, rows, sizes):
-    """Root mean square distance (S,) of the policy from the one at the switch, in 1,000 of the
-    first `sizes` (S,) rows (S, C, ...), drawn alike each time."""
+@partial(jax.jit, static_argnames="other")
+def policy_distance(state, rows, sizes, other):
+    """Root mean square distance (S,), per action dimension, of the policy from the one whose
+    parameters are the field `other`, in 1,000 of the first `sizes` (S,) rows (S, C, ...), drawn
+    alike each time."""
 
     def one_seed(state, rows, size):
         observations = sample(rows, size, jax.random.PRNGKey(0), 1000).observations  # (1000, O)
         actions = state.actor.apply_fn(state.actor.params, observations)  # (1000, A)
-        offline = state.actor.apply_fn(state.offline_actor_params, observations)  # (1000, A)
-        return jnp.sqrt(((actions - offline) ** 2).mean())
+        others = state.actor.apply_fn(getattr(state, other), observations)  # (1000, A)
+        return jnp.sqrt(((actions - others) ** 2).mean())
 
     return for_each_seed(one_seed, state, rows, sizes)
 
 
+def distance_to(run, other):
+    """policy_distance of all seeds (S,), in the states that they have been in."""
+    return to_host([policy_distance(state, buffer.rows, buffer.size, other)
+                    for state, buffer in zip(run.shards, run.buffers, strict=True)])
+
+
 def online_chunk_with_distance(run, num_steps):
-    """online_chunk_with_q, and how far the policy has gone in the states it has been in."""
+    """online_chunk_with_q, and how far the policy has gone."""
     values = online_chunk_with_q(run, num_steps)
-    distances = [distance_to_offline(state, buffer.rows, buffer.size)
-                 for state, buffer in zip(run.shards, run.buffers, strict=True)]
-    return values | {"distance_to_offline": to_host(distances)}
+    return values | {"distance_to_offline": distance_to(run, "offline_actor_params")}
 
 
 @jax.vmap
@@ -1772,15 +1784,14 @@ def follow_best(state, best_return):
 
 
 def constrained_chunk(run, num_steps):
-    """online_chunk_with_distance; before it, with the best reference, where the last rows of
-    metrics.csv evaluate the present policies these are compared with their references."""
+    """online_chunk_with_distance; before it the best reference follows what was just evaluated."""
     if run.config.reference == "best":
         with open(run.folder / "metrics.csv", newline="") as file:
-            rows = [row["return"] for row in csv.DictReader(file)][-run.config.num_seeds :]
-        if all(rows):
-            returns = split(np.array(rows, np.float32), run.devices)
-            run.shards = list(map(follow_best, run.shards, returns))
-    return online_chunk_with_distance(run, num_steps)
+            rows = [row["return"] or "nan" for row in csv.DictReader(file)]
+        returns = split(np.array(rows[-run.config.num_seeds :], np.float32), run.devices)
+        run.shards = list(map(follow_best, run.shards, returns))
+    values, reference = online_chunk_with_distance(run, num_steps), REFERENCES[run.config.reference]
+    return values | {"distance_to_reference": distance_to(run, reference)}
 
 
 def train(run, phase, chunk, num_steps, received, unit=1):
@@ -1859,8 +1870,12 @@ def main(arguments=None):
     if config.eval_only:
         evaluate_checkpoint(config, spec)
         return
-    if config.log_interval % config.policy_delay:
-        fail(f"--log-interval must be a multiple of --policy-delay {config.policy_delay}")
+    for name in ("log_interval", "offline_steps", "warmup_steps", "online_steps"):
+        if getattr(config, name) % config.policy_delay:  # else a mean over updates is not one
+            flag = "--" + name.replace("_", "-")
+            fail(f"{flag} must be a multiple of --policy-delay {config.policy_delay}")
+    if math.isinf(config.epsilon) and (config.dual, config.epsilon_end) != ("learned", None):
+        fail("--epsilon inf is plain TD3: without --dual annealed, without --epsilon-end")
     received = catch_signals()
     eval_envs = [make_env(spec) for _ in range(config.num_seeds * config.eval_episodes)]
     arrays = read_dataset(dataset)

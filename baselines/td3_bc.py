@@ -3,8 +3,9 @@
 The smallest change that makes TD3 work on fixed data: the policy ascends Q and is drawn to the
 action in the batch, with Q divided by its mean magnitude so that one weight serves every
 environment. Online two things can be chosen. --online-loss bc keeps the imitation, of replayed
-actions now: stable, slow. td3 drops it: fast, but the policy may walk out of where the critic is
-right and collapse, while mean Q shows nothing; watch distance_to_offline and the episode length.
+actions now: no fall at once, but where Q is wrong it sinks, too. td3 drops it: fast, but the policy
+may walk out of where the critic is right and collapse, while mean Q shows nothing; watch
+distance_to_offline and the episode length.
 --replay says what is learnt from: online (new transitions only), append (dataset and new ones, all
 equally likely) or half (half of every batch from the dataset).
 
@@ -17,7 +18,8 @@ equally likely) or half (half of every batch from the dataset).
 
     python baselines/td3_bc.py                                    # the dataset in this repository
     python baselines/td3_bc.py --dataset mujoco/hopper/medium-v0  # any Minari id, or a flat file
-    python baselines/td3_bc.py --init-from RUN --online-loss td3  # only the online phase
+    python baselines/td3_bc.py --online-steps 0 --run-dir RUN     # only the offline phase, and then
+    python baselines/td3_bc.py --init-from RUN --online-loss td3  # only the online one
 
 Deviations from the authors' code (github.com/sfujim/TD3_BC):
  1. The online phase is ours; theirs has none. 1,000 steps of the pre-trained policy with its
@@ -177,10 +179,10 @@ METRICS = {  # every column of metrics.csv that is the algorithm's own, with its
     "actor_loss": "imitation - q_weight * Q over its mean magnitude; near -q_weight or q_weight, "
     "online without imitation near -1 or 1: the sign of Q",
     "imitation": "mean squared distance of the policy's actions from the batch's; falls, then flat",
-    "offline_q": "online: mean Q of dataset rows; falls when the critic forgets them",
-    "online_q": "online: mean Q of new transitions; far below offline_q after a collapse",
+    "offline_q": "online: mean Q of dataset rows; drifts where they are no longer replayed",
+    "online_q": "online: mean Q of new transitions, in the agent's own states; shows no collapse",
     "distance_to_offline": "online: root mean square distance, per action dimension, of the policy "
-    "from the one at the switch, on new states; a jump is the beginning of a collapse",
+    "from the one at the switch, on new states; a jump is a warning, on narrow data of a collapse",
 }
 
 # --------------------------------------------------------------------- Networks and distributions
@@ -1184,7 +1186,9 @@ def resume_run(run):
 def take_over(run, source):
     """Put agent and transform of a checkpoint of INIT_FROM into `run`. What td3_c.py has beside
     them stays behind, or is fresh here."""
-    arrays, _, found = load_own_checkpoint(source, INIT_FROM)
+    arrays, meta, found = load_own_checkpoint(source, INIT_FROM)
+    if meta["online"]:
+        print(f"agent     has {meta['online']:,} online steps behind it: {found}")
     fresh = named_arrays(to_host(run.shards), "state")
     beside = tuple(f"state/{name}" for name in ("multiplier", "reference_params", "best_return"))
     mine = {name: x for name, x in arrays.items() if not name.startswith(beside)}
@@ -1673,26 +1677,31 @@ def online_chunk_with_q(run, num_steps):
     return values | offline_q(run) | {"online_q": to_host(q)}
 
 
-@jax.jit
-def distance_to_offline(state, rows, sizes):
-    """Root mean square distance (S,) of the policy from the one at the switch, in 1,000 of the
-    first `sizes` (S,) rows (S, C, ...), drawn alike each time."""
+@partial(jax.jit, static_argnames="other")
+def policy_distance(state, rows, sizes, other):
+    """Root mean square distance (S,), per action dimension, of the policy from the one whose
+    parameters are the field `other`, in 1,000 of the first `sizes` (S,) rows (S, C, ...), drawn
+    alike each time."""
 
     def one_seed(state, rows, size):
         observations = sample(rows, size, jax.random.PRNGKey(0), 1000).observations  # (1000, O)
         actions = state.actor.apply_fn(state.actor.params, observations)  # (1000, A)
-        offline = state.actor.apply_fn(state.offline_actor_params, observations)  # (1000, A)
-        return jnp.sqrt(((actions - offline) ** 2).mean())
+        others = state.actor.apply_fn(getattr(state, other), observations)  # (1000, A)
+        return jnp.sqrt(((actions - others) ** 2).mean())
 
     return for_each_seed(one_seed, state, rows, sizes)
 
 
+def distance_to(run, other):
+    """policy_distance of all seeds (S,), in the states that they have been in."""
+    return to_host([policy_distance(state, buffer.rows, buffer.size, other)
+                    for state, buffer in zip(run.shards, run.buffers, strict=True)])
+
+
 def online_chunk_with_distance(run, num_steps):
-    """online_chunk_with_q, and how far the policy has gone in the states it has been in."""
+    """online_chunk_with_q, and how far the policy has gone."""
     values = online_chunk_with_q(run, num_steps)
-    distances = [distance_to_offline(state, buffer.rows, buffer.size)
-                 for state, buffer in zip(run.shards, run.buffers, strict=True)]
-    return values | {"distance_to_offline": to_host(distances)}
+    return values | {"distance_to_offline": distance_to(run, "offline_actor_params")}
 
 
 def train(run, phase, chunk, num_steps, received, unit=1):
@@ -1771,8 +1780,10 @@ def main(arguments=None):
     if config.eval_only:
         evaluate_checkpoint(config, spec)
         return
-    if config.log_interval % config.policy_delay:
-        fail(f"--log-interval must be a multiple of --policy-delay {config.policy_delay}")
+    for name in ("log_interval", "offline_steps", "warmup_steps", "online_steps"):
+        if getattr(config, name) % config.policy_delay:  # else a mean over updates is not one
+            flag = "--" + name.replace("_", "-")
+            fail(f"{flag} must be a multiple of --policy-delay {config.policy_delay}")
     received = catch_signals()
     eval_envs = [make_env(spec) for _ in range(config.num_seeds * config.eval_episodes)]
     arrays = read_dataset(dataset)

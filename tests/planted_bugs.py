@@ -501,10 +501,10 @@ BUGS = {
         TD3_C, "return new.replace(multiplier=multiplier.replace(params=bounded)), info",
         "return new, info", TD3, "replayed and TD3-C"),
     "td3-c-reference-is-the-policy": (
-        TD3_C, "reference = reference.get(config.reference, state.reference_params)",
+        TD3_C, "reference = getattr(state, REFERENCES[config.reference])",
         "reference = params", TD3, "pays_for"),
     "td3-c-ema-is-frozen": (
-        TD3_C, '"ema": state.target_actor_params,', '"ema": state.offline_actor_params,', TD3,
+        TD3_C, '"ema": "target_actor_params",', '"ema": "offline_actor_params",', TD3,
         "pays_for"),
     "td3-c-dual-at-the-new-policy": (
         TD3_C, ("    multiplier, _ = gradient_step(state.multiplier, dual_loss, state, "
@@ -513,11 +513,19 @@ BUGS = {
         "    multiplier, _ = gradient_step(\n"
         '        state.multiplier, dual_loss, state, later["constraint"], config)\n'),
         TD3, "replayed and TD3-C"),
-    "td3-c-unbounded-multiplier": (TD3_C, 'jnp.clip(multiplier.params["eta"], -3.0, 100.0)',
-                                   'multiplier.params["eta"]', TD3, "its_bounds"),
+    "td3-c-unbounded-multiplier": (
+        TD3_C, 'jnp.clip(multiplier.params["eta"], -3.0, config.multiplier_max)',
+        'multiplier.params["eta"]', TD3, "its_bounds"),
+    "td3-c-annealing-waits": (
+        TD3_C, "price = falling(state.multiplier.step)", "price = falling(0 * state.actor.step)",
+        TD3, "falls_with_the_steps"),
+    "td3-c-distance-to-the-offline-policy": (
+        TD3_C, "getattr(state, other), observations", "state.offline_actor_params, observations",
+        TD3, "states_met"),
     "td3-c-a-little-price-at-inf": (
-        TD3_C, "improve = partial(policy_step, loss_fn=td3_loss)",
-        "config = dataclasses.replace(config, epsilon=1e9)", TD3, "to_the_bit"),
+        TD3_C, "improve = plain if math.isinf(config.epsilon) else constrained_step",
+        ("config = dataclasses.replace(config, epsilon=min(config.epsilon, 1e9))\n"
+        "    improve = constrained_step"), TD3, "to_the_bit"),
     "td3-c-last-is-best": (TD3_C, "best_return > state.best_return", "best_return > -jnp.inf", TD3,
                            "best_reference"),
     "td3-c-period-after-the-step": (

@@ -40,6 +40,7 @@ from test_run import (
 )
 
 EXTRA = ("state/multiplier", "state/reference_params", "state/best_return")  # only in td3_c.py
+OWN = ("constraint", "multiplier", "distance_to_reference")  # columns that only td3_c.py has
 
 
 @pytest.fixture(params=["td3_bc", "td3_c"])
@@ -185,9 +186,17 @@ def test_annealed_multiplier_falls_on_a_line(done, price, td3_c):
     s, b = parameters(state), float64(batch)
     found, info = compiled(td3_c, "constrained_loss", config)(
         state.actor.params, state, batch, None)
-    np.testing.assert_allclose(info["multiplier"], price, rtol=1e-4)
+    np.testing.assert_allclose(info["multiplier"], price, rtol=1e-4, atol=1e-7)
     expected = td3_of(s["actor"], s, b, config, np) + price * info["constraint"]
     np.testing.assert_allclose(found, expected, rtol=1e-4)
+
+
+def test_annealed_multiplier_falls_with_the_steps_of_the_policy(td3_c):
+    config = config_of(td3_c, dual="annealed", multiplier=0.8, anneal_updates=4)
+    state, step = fresh(td3_c, config), compiled(td3_c, "constrained_step", config)
+    for price in (0.8, 0.6, 0.4, 0.2, 0.0, 0.0):
+        state, info = step(state, batch_of(td3_c, 0))
+        np.testing.assert_allclose(info["multiplier"], price, atol=1e-6)
 
 
 def test_dual_loss_and_the_line_of_its_bound(td3_c):
@@ -212,10 +221,11 @@ def test_the_multiplier_rises_above_epsilon_and_falls_below(distance, sign, td3_
     np.testing.assert_allclose(move, sign * 1e-2, rtol=1e-2)  # Adam's first step: its rate
 
 
-@pytest.mark.parametrize(("eta", "far", "bound"), [(99.5, True, 100.0), (-2.5, False, -3.0)])
+@pytest.mark.parametrize(("eta", "far", "bound"), [(49.5, True, 50.0), (-2.5, False, -3.0)])
 def test_the_multiplier_stays_in_its_bounds(eta, far, bound, td3_c):
     """One step of size 1 from near a bound, upwards far from the reference, downwards at it."""
-    config = config_of(td3_c, epsilon=0.02, dual_learning_rate=1.0, reference="frozen")
+    config = config_of(td3_c, epsilon=0.02, dual_learning_rate=1.0, reference="frozen",
+                       multiplier_max=50.0)
     state, batch = fresh(td3_c, config), batch_of(td3_c, 0)
     multiplier = state.multiplier.replace(params={"eta": np.float32(eta)})
     state = state.replace(multiplier=multiplier)
@@ -249,8 +259,8 @@ def test_q_of_nothing_is_not_divided_by_zero(td3_bc):
 
 
 def replay(s, batches, noises, c, policy_loss):
-    """[(parameters, moments of Adam)] after each update, by the paper's box: the critic; every
-    second time the policy against the new critic (and the multiplier, at the D before it), then
+    """[(parameters, moments of Adam)] after each update, by the paper's box: the critic; each time
+    that it is due the policy against the new critic (and the multiplier, at the D before it), then
     both targets."""
     zeros = jax.tree.map(np.zeros_like, s)
     moments = {name: (zeros[name], zeros[name]) for name in ("critic", "actor", "eta") if name in s}
@@ -265,12 +275,12 @@ def replay(s, batches, noises, c, policy_loss):
             new, moments["critic"] = adam(
                 s["critic"], grads, moments["critic"], i, c.learning_rate)
             s = s | {"critic": new}
-            if i % 2 == 0:
+            if i % c.policy_delay == 0:
                 before = s
                 for name in ("actor", "eta") if "eta" in s else ("actor",):
                     grads = jax.device_get(gradient[name](before[name], before, b))
                     new, moments[name] = adam(
-                        before[name], grads, moments[name], i // 2, rates[name])
+                        before[name], grads, moments[name], i // c.policy_delay, rates[name])
                     s = s | {name: new}
                 for target, online in (("target", "critic"), ("target_actor", "actor")):
                     moved = jax.tree.map(
@@ -285,12 +295,14 @@ CASES = {
     "TD3+BC": ("td3_bc", "update_step", bc_of, {}),
     "online as TD3": ("td3_bc", "online_update", td3_of, {"online_loss": "td3"}),
     "TD3-C": ("td3_c", "online_update", constrained_of, {"epsilon": 0.02}),
+    "TD3+BC, delay 3": ("td3_bc", "update_step", bc_of, {"policy_delay": 3}),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_updates_replayed_step_by_step(case, request):
-    """Q each time; pi, the multiplier and the targets at the 2nd and 4th of 5 updates."""
+    """Q each time; pi, the multiplier and the targets at the 2nd and 4th of 5 updates (with a delay
+    of 3 at the 3rd)."""
     name, function, loss, settings = CASES[case]
     script = request.getfixturevalue(name)
     config = config_of(
@@ -308,20 +320,21 @@ def test_updates_replayed_step_by_step(case, request):
         state, info = update(state, batch)
         found = parameters(state)
         close(found, expected[i][0], rtol=1e-3, atol=2e-4)
-        if i % 2 == 0:
+        if (i + 1) % config.policy_delay:
             still = [(x.actor, x.target_actor_params, x.target_critic_params)
                      for x in (before, state)]
             assert all(jax.tree.leaves(jax.tree.map(np.array_equal, *still)))
             assert info["actor_loss"] == 0
-        else:  # counted twofold, as it is one of two
+        else:  # counted twofold where it is one of two
             s = expected[i - 1][0] | {"critic": expected[i][0]["critic"]}
             logged = loss(s["actor"], s, wide[i], config, np)
-            np.testing.assert_allclose(info["actor_loss"], 2 * logged, rtol=2e-3, atol=1e-4)
+            np.testing.assert_allclose(
+                info["actor_loss"], config.policy_delay * logged, rtol=2e-3, atol=1e-4)
             if "eta" in s:  # at the D of the old policy: Adam's step hides it, its memory does not
                 memory = state.multiplier.opt_state[0].mu["eta"]
                 np.testing.assert_allclose(memory, expected[i][1]["eta"][0], rtol=1e-3)
     np.testing.assert_array_equal(state.key, key)
-    assert state.critic.step == 5 and state.actor.step == 2
+    assert state.critic.step == 5 and state.actor.step == 5 // config.policy_delay
 
 
 def test_online_as_offline(td3_bc):
@@ -417,6 +430,7 @@ def test_a_periodic_reference_is_taken_before_the_step(td3_c):
 def test_the_best_reference_follows_the_evaluations(td3_c, tmp_path, monkeypatch):
     """Two seeds. Rows without an evaluation, and worse or equal ones, change nothing."""
     monkeypatch.setattr(td3_c, "online_chunk_with_distance", lambda run, n: {"steps": n})
+    monkeypatch.setattr(td3_c, "distance_to", lambda run, other: other)
     config = td3_c.Config(hidden_dims=(4,), reference="best", num_seeds=2)
     devices = jax.devices()[:1]
     state = td3_c.create_shards(config, OBS, A, devices)[0]
@@ -429,7 +443,8 @@ def test_the_best_reference_follows_the_evaluations(td3_c, tmp_path, monkeypatch
         (tmp_path / "metrics.csv").write_text("\n".join(log := log + [f"{r}," for r in returns]))
         rows = [line.replace("return", "return,x") for line in log]
         (tmp_path / "metrics.csv").write_text("\n".join(rows) + "\n")
-        assert td3_c.constrained_chunk(run, 7) == {"steps": 7}
+        assert td3_c.constrained_chunk(run, 7) == {
+            "steps": 7, "distance_to_reference": "reference_params"}  # fmt: skip
         better = {0: (0, 1), 1: (1,), 3: (1,), 4: (0, 1)}.get(i, ())
         expected = [i if seed in better else expected[seed] for seed in (0, 1)]
         named = td3_c.named_arrays(run.shards[0], "state")
@@ -539,7 +554,7 @@ def test_without_a_bound_it_is_plain_td3_to_the_bit(td3_c, flags, plain, tmp_pat
     shared = {name: x for name, x in found.items() if not name.startswith(EXTRA)}
     assert differing(shared, expected) == [] and len(shared) > 50
     assert found["state/multiplier/step"] == 0
-    rows = [[{k: v for k, v in row.items() if k not in ("constraint", "multiplier")}
+    rows = [[{k: v for k, v in row.items() if k not in OWN}
              for row in table(folder)] for folder in (tmp_path / "run", plain)]  # fmt: skip
     assert rows[0] == rows[1]
 
@@ -561,6 +576,37 @@ def test_the_log_says_how_far_the_policy_went(plain):
         trees.append(np.tanh(x @ found["Dense_0/kernel"] + found["Dense_0/bias"]))
     expected = np.sqrt(np.mean((trees[0] - trees[1]) ** 2))
     np.testing.assert_allclose(distances[-1], expected, rtol=0.1)
+
+
+@pytest.mark.parametrize(("reference", "other"), [
+    ("ema", "target_actor_params"), ("frozen", "offline_actor_params"),
+    ("periodic", "reference_params"), ("best", "reference_params"),
+])  # fmt: skip
+def test_the_distance_to_the_reference_is_of_the_states_met(reference, other, td3_c, monkeypatch,
+                                                           tmp_path):
+    """The root of D where the policy is held, two seeds of them; rows not yet there do not count.
+    The other policies are elsewhere."""
+    config = td3_c.Config(hidden_dims=(8,), reference=reference, num_seeds=2)
+    state = td3_c.create_shards(config, OBS, A, jax.devices()[:1])[0]
+    fields = ("target_actor_params", "offline_actor_params", "reference_params")
+    moved = {name: jax.tree.map(lambda x, i=i: x + 0.1 * i, getattr(state, name))
+             for i, name in enumerate(fields, 1)}  # fmt: skip
+    state = state.replace(**moved)
+    rows = jax.vmap(lambda _: batch_of(td3_c, 0))(np.arange(2))
+    far = jax.tree.map(lambda x: x.at[:, 9:].add(50), jax.device_put(rows))
+    buffer = td3_c.ReplayBuffer(far, np.int32([9, 9]), np.int32([9, 9]))
+    run = SimpleNamespace(config=config, shards=[state], buffers=[buffer], folder=tmp_path,
+                          devices=jax.devices()[:1])  # fmt: skip
+    (tmp_path / "metrics.csv").write_text("return,x\n,\n,\n")
+    monkeypatch.setattr(td3_c, "online_chunk_with_distance", lambda *_: {})
+    found = td3_c.constrained_chunk(run, 1)["distance_to_reference"]
+    assert found.shape == (2,)
+    for seed in (0, 1):
+        one, seen = jax.tree.map(lambda x, i=seed: x[i], state), rows.observations[seed][:9]
+        policies = [np.asarray(one.actor.apply_fn(params, seen))
+                    for params in (one.actor.params, getattr(one, other))]  # fmt: skip
+        expected = np.sqrt(np.mean((policies[0] - policies[1]) ** 2))
+        np.testing.assert_allclose(found[seed], expected, rtol=0.1)  # 1,000 draws of the 9
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(td3_c, flags, tmp_path):
@@ -601,8 +647,9 @@ def assert_taken_over(script, found, saved):
         assert found["state/multiplier/step"] == 0 and found["state/best_return"] < -1e38
 
 
-def test_an_agent_of_td3_c_is_taken_over(script, td3_c, plain, tmp_path):
-    """What td3_c.py adds, all of it in use, stays behind."""
+def test_an_agent_of_td3_c_is_taken_over(script, td3_c, plain, tmp_path, capsys):
+    """What td3_c.py adds, all of it in use, stays behind. It is said that this agent is no longer
+    an offline one."""
     arrays, meta = load(plain)
     used = {name: x + 1 for name, x in td3_c.named_arrays(small_agents(td3_c)[0], "state").items()
             if name.startswith(EXTRA)}  # fmt: skip
@@ -610,6 +657,10 @@ def test_an_agent_of_td3_c_is_taken_over(script, td3_c, plain, tmp_path):
     td3_c.save_checkpoint(path, arrays | used, meta | {"script": "td3_c"})
     run = SimpleNamespace(devices=jax.devices()[:1], shards=small_agents(script))
     script.take_over(run, path)
+    assert f"has 120 online steps behind it: {path}" in capsys.readouterr().out
+    script.save_checkpoint(path, arrays, meta | {"online": 0})
+    script.take_over(run, path)
+    assert capsys.readouterr().out == ""
     assert_taken_over(script, script.named_arrays(script.to_host(run.shards), "state"), arrays)
     for name, x in dataclasses.asdict(run.transform).items():
         np.testing.assert_array_equal(x, arrays[f"transform/{name}"])
@@ -648,6 +699,7 @@ def test_an_agent_of_td3_bc_goes_on_in_td3_c(td3_c, flags, plain, tmp_path):
     ("td3_c", ["--multiplier", "0"], "--multiplier 0"),
     ("td3_c", ["--dual-learning-rate", "2"], "--dual-learning-rate 2"),
     ("td3_c", ["--reference-period", "0"], "--reference-period 0"),
+    ("td3_c", ["--multiplier-max", "1"], "--multiplier-max 1"),
 ])  # fmt: skip
 def test_numbers_out_of_range_are_refused_in_one_line(name, arguments, words, request, flags,
                                                       tmp_path):
@@ -655,6 +707,21 @@ def test_numbers_out_of_range_are_refused_in_one_line(name, arguments, words, re
     done = go(script, tmp_path, [*flags, *arguments])
     assert done.code == 2 and len(done.err.splitlines()) == 1
     assert words in done.err and "must be in" in done.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("name", "arguments", "words"), [
+    ("td3_bc", ["--policy-delay", "3"], "--log-interval must be a multiple of --policy-delay 3"),
+    ("td3_bc", ["--offline-steps", "41"], "--offline-steps must be a multiple"),
+    ("td3_c", ["--warmup-steps", "21"], "--warmup-steps must be a multiple"),
+    ("td3_c", ["--online-steps", "121"], "--online-steps must be a multiple"),
+    ("td3_c", ["--epsilon", "inf", "--dual", "annealed"], "plain TD3: without --dual annealed"),
+    ("td3_c", ["--epsilon", "inf", "--epsilon-end", "0.04"], "without --epsilon-end"),
+])  # fmt: skip
+def test_what_would_do_nothing_or_log_nonsense_is_refused(name, arguments, words, request, flags,
+                                                          tmp_path):
+    done = go(request.getfixturevalue(name), tmp_path, [*flags, *arguments])
+    assert done.code == 2 and len(done.err.splitlines()) == 1 and words in done.err
     assert list(tmp_path.iterdir()) == []
 
 
