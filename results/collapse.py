@@ -37,9 +37,10 @@ as low. The area is divided by the steps: it is to be compared with the offline 
 are also compared seed by seed, as every pair starts from one agent. Two controls. Is it the switch?
 The same measures where nothing is switched, of 25,000 offline updates, as many as the online steps
 in which a collapse is looked for: the last ones before the switch, or, where the agents have no
-more than that, those after it, of the same run gone on with offline. Is the constraint anything but
-a slow pace? Plain TD3, half of every batch from the dataset, with a hundredth and with a thousandth
-of the policy's learning rate: the latter leaves the offline policy about as slowly as TD3-C does.
+more than that, those after it, of a run with the same arguments that goes on offline. Is the
+constraint anything but a slow pace? Plain TD3, half of every batch from the dataset, with a
+hundredth and with a thousandth of the policy's learning rate (rate/100, rate/1000): the latter
+leaves the offline policy about as slowly as TD3-C does.
 """
 
 import argparse
@@ -341,6 +342,7 @@ ope-hopper-replay has 360,658 rows, the others about 9,000: wide and narrow data
 small here, and after 25,000 steps the new rows are 6.5 % of its appended buffer, but 74 % of
 theirs. Wide data are of Hopper alone. TD3-C's constants were chosen before, on one narrow Hopper
 agent with half replay; its D is measured on the batch, with appended replay mostly on old rows.
+Rate/100 and rate/1000 are TD3 with a hundredth and a thousandth of the policy's learning rate.
 TD3's family begins online with fresh optimisers, which makes the first policy updates large, the
 others carry theirs, and IQL's policy, whose rate has decayed to 0 by the switch, has a constant one
 after it: compare within a family. SAC's KL bound holds the temperature, too, and bounds the

@@ -159,6 +159,8 @@ def regained(offline, online):
     if offline is None or not online:
         return None
     lowest = min(range(len(online)), key=lambda i: online[i][1])
+    if online[lowest][1] >= offline:  # nothing was lost
+        return None
     return next((step for step, value in online[lowest:] if value >= offline), None)
 
 
@@ -535,8 +537,9 @@ SAC: 20). A run with 0 updates offline and an offline value goes on from the age
 actions per source in place of 10, 20,000 updates, in AntMaze 6,000; `ppo-weak` goes on from `ppo`.
 In brackets the smallest and the largest of three seeds (of five and more the 95 % bootstrap
 interval). Some runs of the matrix still wait to be made. The dip is the offline value minus the
-lowest evaluation after the switch; it is regained at the first environment step after that whose
-evaluation is as good again (mean of the seeds that do; without brackets: one seed); the regret is
+lowest evaluation after the switch, and at least 0; it is regained at the first environment step
+after that whose evaluation is as good again (mean of the seeds that dip and do; without brackets:
+one seed); the regret is
 the mean over the online evaluations of 1 − score / 100 (Cal-QL's). Scores learned from a sample of
 a D4RL dataset are not scores on that dataset: `hopper-medium` and `halfcheetah-medium` are about
 1/100 of the trajectories, `hopper-medium-replay` 1/40, `halfcheetah-medium-replay` 1/20. `default`

@@ -141,6 +141,9 @@ def test_what_the_table_says_of_a_run(report):
     assert (run["offline"], run["online"], run["dip"]) == (60, 90, 20)
     assert run["regret"] == pytest.approx((0.6 + 0.3 + 0.1) / 3)
     assert run["regained"] == 20
+    record["curve"]["score"][2] = 65  # never below
+    (run,) = report.runs_of("cpu/iql/default/seed0", record)
+    assert (run["dip"], run["regained"]) == (0, None)
     assert report.show([60, 70, 80]) == "70.0 [60.0, 80.0]"  # smallest and largest
     five = report.show([60, 70, 80, 90, 100])
     assert five.startswith("80.0 [6") and five != "80.0 [60.0, 100.0]"  # a bootstrap

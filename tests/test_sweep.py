@@ -1,6 +1,7 @@
 """results/sweep.py: a matrix of runs through Ray, killed, continued, on two nodes."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import secrets
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import tyro
 from conftest import ROOT, load_script
 
 ray = pytest.importorskip("ray", reason="pip install -r results/requirements.txt")
@@ -144,6 +146,23 @@ def test_a_wrong_matrix_is_refused(change, word, matrix):
     process, _ = sweep(matrix, "wrong", "--list")
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 1 and word in out and "Traceback" not in out
+
+
+@pytest.mark.parametrize("profile", ["cpu", "gpu"])
+@pytest.mark.parametrize("name", ["matrix.toml", "collapse.toml"])
+def test_every_run_of_a_matrix_is_one_that_its_script_takes(name, profile):
+    """What --list shows can be started: flags, ranges and presets, of every first seed."""
+    read = load_script("results/sweep.py").read_matrix
+    trials, scripts = read(ROOT / "results" / name, profile, Path("data"), Path("runs")), {}
+    assert bool(trials) == ((name, profile) != ("collapse.toml", "gpu"))  # that study is a CPU's
+    for trial in trials:
+        if not trial.name.split("/")[2].startswith(("seed0", "seeds0")):
+            continue
+        path = Path(trial.command[0])
+        module = scripts.setdefault(path.stem, load_script(f"{path.parent.name}/{path.name}"))
+        config = tyro.cli(module.Config, args=trial.command[1:])
+        module.check_config(dataclasses.replace(config, preset="auto"))
+        assert config.preset in ("auto", *module.PRESETS), trial.name
 
 
 def children(pid):
