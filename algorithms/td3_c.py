@@ -5,7 +5,8 @@ data were, and the policy leaves. Here it may be no further than epsilon, in mea
 from a reference policy, by default a slow average of itself, which bounds its speed and not where
 it gets to. A learnt multiplier is the price of the distance. It needs time: in the first steps the
 bound does not hold, later it holds on average, and on some data not even that: D is 2 to 4 epsilon,
-and the multiplier as large as it may be.
+and the multiplier as large as it may be. Compare with td3_bc.py --online-loss td3 with a thousandth
+of the policy_learning_rate, which moves as slowly: results/collapse.md.
 
 This is a RECONSTRUCTION of the conservative policy optimisation of
     Luo, Kay, Grefenstette, Deisenroth: Finetuning from Offline RL, arXiv 2303.17396
