@@ -239,8 +239,8 @@ METRICS = {  # every column of metrics.csv that is the algorithm's own, with its
     "temperature": "price of a nat of entropy; falls from 1; held online in the conservative mode",
     "kl": "of the policy from its reference (nats), conservative mode; at most about kl_limit",
     "kl_multiplier": "of the KL; rises while it is above the limit",
-    "offline_q": "online: mean Q of dataset rows; drifts where they are no longer replayed",
-    "online_q": "online: mean Q of new transitions, in the agent's own states; shows no collapse",
+    "offline_q": "online: mean Q of dataset rows; may drift where they are no longer replayed",
+    "online_q": "online: mean Q of new transitions, in the agent's own states",
 }
 
 # --------------------------------------------------------------------- Networks and distributions

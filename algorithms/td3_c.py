@@ -6,7 +6,7 @@ from a reference policy, by default a slow average of itself, which bounds its s
 it gets to. A learnt multiplier is the price of the distance. It needs time: in the first steps the
 bound does not hold, later it holds on average, and on some data not even that: D is 2 to 4 epsilon,
 and the multiplier as large as it may be. Compare with td3_bc.py --online-loss td3 with a thousandth
-of the policy_learning_rate, which moves as slowly: results/collapse.md.
+of the policy_learning_rate, which is slow, too: results/collapse.md.
 
 This is a RECONSTRUCTION of the conservative policy optimisation of
     Luo, Kay, Grefenstette, Deisenroth: Finetuning from Offline RL, arXiv 2303.17396
@@ -25,9 +25,8 @@ best (the best evaluated so far: training sees evaluations) or frozen (the offli
 OCR-CFT has the line --epsilon 0.0025 --epsilon-end 0.04, of use with frozen, too. --epsilon inf is
 td3_bc.py with --online-loss td3, to the bit; --dual annealed --multiplier 0.8 is PROTO's penalty.
 
-    python algorithms/td3_c.py                                  # the dataset in this repository
-    python algorithms/td3_c.py --init-from RUN                  # RUN of td3_bc.py, or of this, that
-                                                                # was made with --online-steps 0
+    python algorithms/td3_c.py                  # the dataset in this repository
+    python algorithms/td3_c.py --init-from RUN  # made by td3_bc.py, or this, with --online-steps 0
 
 Deviations from the authors' code (there is none: from the code of its neighbours):
  1. Constants are ours: epsilon 1e-4 and dual_learning_rate 1e-2 did not collapse in a prototype on
@@ -461,7 +460,7 @@ def constrained_step(state, batch, config):
         state = state.replace(reference_params=reference)
     new, info = policy_step(state, batch, config, constrained_loss)
     multiplier, _ = gradient_step(state.multiplier, dual_loss, state, info["constraint"], config)
-    bounded = {"eta": jnp.clip(multiplier.params["eta"], -3.0, config.multiplier_max)}  # 0.05 ...
+    bounded = {"eta": jnp.clip(multiplier.params["eta"], -3.0, config.multiplier_max)}
     return new.replace(multiplier=multiplier.replace(params=bounded)), info
 
 
@@ -484,8 +483,8 @@ def begin_finetuning(state, config):
 
 def online_update(state, batch, config):
     """TD3's update, the policy by the loss that is chosen for the online phase."""
-    plain = partial(policy_step, loss_fn=td3_loss)  # known when compiled: not a digit differs
-    improve = plain if math.isinf(config.epsilon) else constrained_step
+    plain = partial(policy_step, loss_fn=td3_loss)
+    improve = plain if math.isinf(config.epsilon) else constrained_step  # static: TD3 to the bit
     return td3_update(state, batch, config, improve)
 
 
@@ -1872,7 +1871,8 @@ def main(arguments=None):
         evaluate_checkpoint(config, spec)
         return
     for name in ("log_interval", "offline_steps", "warmup_steps", "online_steps"):
-        if getattr(config, name) % config.policy_delay:  # else a mean over updates is not one
+        unused = name == "offline_steps" and config.init_from
+        if getattr(config, name) % config.policy_delay and not unused:  # means are over whole turns
             flag = "--" + name.replace("_", "-")
             fail(f"{flag} must be a multiple of --policy-delay {config.policy_delay}")
     if math.isinf(config.epsilon) and (config.dual, config.epsilon_end) != ("learned", None):

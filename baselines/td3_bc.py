@@ -1781,7 +1781,8 @@ def main(arguments=None):
         evaluate_checkpoint(config, spec)
         return
     for name in ("log_interval", "offline_steps", "warmup_steps", "online_steps"):
-        if getattr(config, name) % config.policy_delay:  # else a mean over updates is not one
+        unused = name == "offline_steps" and config.init_from
+        if getattr(config, name) % config.policy_delay and not unused:  # means are over whole turns
             flag = "--" + name.replace("_", "-")
             fail(f"{flag} must be a multiple of --policy-delay {config.policy_delay}")
     received = catch_signals()
