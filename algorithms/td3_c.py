@@ -208,8 +208,8 @@ METRICS = {  # every column of metrics.csv that is the algorithm's own, with its
     "multiplier": "price of D; at multiplier_max the bound is not met; annealed: falls to 0",
     "distance_to_reference": "the root of D on new states; about 0.01 for epsilon 1e-4",
     "imitation": "mean squared distance of the policy's actions from the batch's; falls, then flat",
-    "offline_q": "online: mean Q of dataset rows; drifts where they are no longer replayed",
-    "online_q": "online: mean Q of new transitions, in the agent's own states; shows no collapse",
+    "offline_q": "online: mean Q of dataset rows; may drift where they are no longer replayed",
+    "online_q": "online: mean Q of new transitions, in the agent's own states",
     "distance_to_offline": "online: root mean square distance, per action dimension, of the policy "
     "from the one at the switch, on new states; a jump is a warning, on narrow data of a collapse",
 }

@@ -179,8 +179,8 @@ METRICS = {  # every column of metrics.csv that is the algorithm's own, with its
     "actor_loss": "imitation - q_weight * Q over its mean magnitude; near -q_weight or q_weight, "
     "online without imitation near -1 or 1: the sign of Q",
     "imitation": "mean squared distance of the policy's actions from the batch's; falls, then flat",
-    "offline_q": "online: mean Q of dataset rows; drifts where they are no longer replayed",
-    "online_q": "online: mean Q of new transitions, in the agent's own states; shows no collapse",
+    "offline_q": "online: mean Q of dataset rows; may drift where they are no longer replayed",
+    "online_q": "online: mean Q of new transitions, in the agent's own states",
     "distance_to_offline": "online: root mean square distance, per action dimension, of the policy "
     "from the one at the switch, on new states; a jump is a warning, on narrow data of a collapse",
 }

@@ -39,9 +39,9 @@ The same measures where nothing is switched, of 25,000 offline updates, as many 
 in which a collapse is looked for: the last ones before the switch, or, where the agents have no
 more than that, those after it, of a run with the same arguments that goes on offline. Is the
 constraint anything but a slow pace? Plain TD3, half of every batch from the dataset, with a
-hundredth and with a thousandth of the policy's learning rate (rate/100, rate/1000): the latter
-was chosen as it leaves the offline policy about as slowly as TD3-C on one agent in 5,000 steps; what
-became of it is in the column distance.
+hundredth and with a thousandth of the policy's learning rate (rate/100, rate/1000). The thousandth
+was chosen as, on one agent, it leaves the offline policy about as slowly as TD3-C in 5,000 steps;
+what became of it is in the column distance.
 """
 
 import argparse

@@ -535,6 +535,12 @@ BUGS = {
     "td3-c-old-multiplier-taken-over": (
         TD3_C, 'for name in ("multiplier", "reference_params", "best_return")',
         'for name in ("reference_params", "best_return")', TD3, "of_td3_c_is_taken_over"),
+    "td3-c-unevaluated-is-0": (TD3_C, 'row["return"] or "nan"', 'row["return"] or "0"', TD3,
+                               "best_reference"),
+    "td3-c-online-agent-unsaid": (TD3_C, 'if meta["online"]:', 'if meta["offline"]:', TD3,
+                                  "of_td3_c_is_taken_over"),
+    "td3-c-unused-steps-refused": (TD3_C, "config.policy_delay and not unused:",
+                                   "config.policy_delay:", TD3, "not_made"),
 }  # fmt: skip
 
 

@@ -725,6 +725,13 @@ def test_what_would_do_nothing_or_log_nonsense_is_refused(name, arguments, words
     assert list(tmp_path.iterdir()) == []
 
 
+def test_offline_steps_that_are_not_made_are_not_refused(script, flags, plain, tmp_path):
+    """Of two numbers that are no multiple of the delay only the one in use is named."""
+    flags = [*flags, "--init-from", str(plain), "--offline-steps", "41", "--online-steps", "121"]
+    done = go(script, tmp_path, flags)
+    assert done.code == 2 and "--online-steps must be a multiple" in done.err
+
+
 @pytest.mark.parametrize(("name", "arguments"), [
     ("td3_c", ["--reference", "last"]), ("td3_c", ["--dual", "fixed"]),
     ("td3_bc", ["--online-loss", "sac"]), ("td3_bc", ["--replay", "none"]),
