@@ -3,10 +3,11 @@
 After the switch plain TD3 improves fast, but it may collapse first: the critic is right where the
 data were, and the policy leaves. Here it may be no further than epsilon, in mean squared action,
 from a reference policy, by default a slow average of itself, which bounds its speed and not where
-it gets to. A learnt multiplier is the price of the distance. It needs time: in the first steps the
-bound does not hold, later it holds on average, and on some data not even that: D is 2 to 4 epsilon,
-and the multiplier as large as it may be. Compare with td3_bc.py --online-loss td3 with a thousandth
-of the policy_learning_rate, which is slow, too: results/collapse.md.
+it gets to: less is lost at the switch, but an agent that has become good may still fall later. A
+learnt multiplier is the price of the distance. It needs time: in the first steps the bound does not
+hold, later it holds on average, and on some data not even that: D is 3 to 6 epsilon, and the
+multiplier as large as it may be. Compare with td3_bc.py --online-loss td3 with a thousandth of the
+policy_learning_rate, which is slow, too: results/collapse.md.
 
 This is a RECONSTRUCTION of the conservative policy optimisation of
     Luo, Kay, Grefenstette, Deisenroth: Finetuning from Offline RL, arXiv 2303.17396

@@ -331,7 +331,8 @@ In short: the depth is the offline score minus the lowest evaluation of the firs
 steps; a run fell if that is more than a fifth of the offline score, and has recovered at the first
 evaluation after the lowest one that is as good as offline; the area is the mean height of the
 online curve; the distance is that of the last policy from the offline one. Means over seeds, in
-brackets the smallest and the largest value (of 5 seeds and more the 95 % bootstrap interval).
+brackets the 95 % bootstrap interval or, of fewer than five seeds, the smallest and the largest
+value, which of three seeds is the same.
 
 A depth of some points is no collapse: it is the smallest of ten evaluations (IQL's: of five) of 30
 episodes each (IQL's: of 10), and the offline score is one such evaluation, too. How large it is

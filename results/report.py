@@ -539,13 +539,13 @@ In brackets the smallest and the largest of three seeds (of five and more the 95
 interval). Some runs of the matrix still wait to be made. The dip is the offline value minus the
 lowest evaluation after the switch, and at least 0; it is regained at the first environment step
 after that whose evaluation is as good again (mean of the seeds that dip and do; without brackets:
-one seed); the regret is
-the mean over the online evaluations of 1 − score / 100 (Cal-QL's). Scores learned from a sample of
-a D4RL dataset are not scores on that dataset: `hopper-medium` and `halfcheetah-medium` are about
-1/100 of the trajectories, `hopper-medium-replay` 1/40, `halfcheetah-medium-replay` 1/20. `default`
-is the repository's own dataset, in Hopper-v5. The runs whose name begins with `collapse-` are in
-[`collapse.md`](collapse.md); what Uni-O4's runs say beyond their scores is in
-[`improvement.md`](improvement.md), PA-RL's by policy class in [`policies.md`](policies.md)."""
+one seed); the regret is the mean over the online evaluations of 1 − score / 100 (Cal-QL's). Scores
+learned from a sample of a D4RL dataset are not scores on that dataset: `hopper-medium` and
+`halfcheetah-medium` are about 1/100 of the trajectories, `hopper-medium-replay` 1/40,
+`halfcheetah-medium-replay` 1/20. `default` is the repository's own dataset, in Hopper-v5. The runs
+whose name begins with `collapse-` are in [`collapse.md`](collapse.md); what Uni-O4's runs say
+beyond their scores is in [`improvement.md`](improvement.md), PA-RL's by policy class in
+[`policies.md`](policies.md)."""
 
 
 OVER_ALL = """Over all scored datasets of a run [95 % stratified bootstrap interval]; rows compare
