@@ -3,9 +3,9 @@
 The smallest change that makes TD3 work on fixed data: the policy ascends Q and is drawn to the
 action in the batch, with Q divided by its mean magnitude so that one weight serves every
 environment. Online two things can be chosen. --online-loss bc keeps the imitation, of replayed
-actions now: no fall at once, but where Q is wrong it sinks, too. td3 drops it: fast, but the policy
-may walk out of where the critic is right and collapse, while mean Q shows nothing; watch
-distance_to_offline and the episode length.
+actions now: it may sink, but seldom as deep. td3 drops it: the policy may walk out of where the
+critic is right and collapse, of which mean Q says little; watch distance_to_offline and, where
+episodes can end, their length.
 --replay says what is learnt from: online (new transitions only), append (dataset and new ones, all
 equally likely) or half (half of every batch from the dataset).
 
@@ -182,7 +182,7 @@ METRICS = {  # every column of metrics.csv that is the algorithm's own, with its
     "offline_q": "online: mean Q of dataset rows; may drift where they are no longer replayed",
     "online_q": "online: mean Q of new transitions, in the agent's own states",
     "distance_to_offline": "online: root mean square distance, per action dimension, of the policy "
-    "from the one at the switch, on new states; a jump is a warning, on narrow data of a collapse",
+    "from the one at the switch, on new states; a jump is a warning",
 }
 
 # --------------------------------------------------------------------- Networks and distributions
