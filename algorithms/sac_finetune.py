@@ -1,6 +1,6 @@
 """SAC fine-tuning: an agent pre-trained offline goes on with plain off-policy RL, four ways.
 
-Offline losses improve slowly online; plain SAC improves fast, but may first unlearn the policy: the
+Offline losses are said to improve slowly online, plain SAC fast, but it may unlearn the policy: the
 critic is right where the data were and wrong where the policy now goes. Offline this is CQL;
 online the difference is dropped, and --mode says how the collapse is met:
 
