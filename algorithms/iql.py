@@ -109,7 +109,7 @@ class Config:
     video: bool = False  # film one episode at the end: video.mp4
     wandb: bool = False  # also log to Weights & Biases
     # Data
-    dataset: str | None = None  # Minari id or folder, .npz or .hdf5; default: the repository's own
+    dataset: str | None = None  # Minari id, folder or file; default: --init-from's, else the repo's
     env_id: str | None = None  # Gymnasium id; needed with a flat file, else the dataset's
     normalize_observations: bool = False  # by the dataset's mean and standard deviation
     normalize_returns: bool = False  # rewards times 1000 / (max - min return in the dataset)
@@ -1208,8 +1208,9 @@ def config_from(text):
 def parse_config(arguments):
     """Command line -> (Config, dataset path, environment specification).
 
-    What counts, weakest first: defaults, preset, number and transform of the agents to start from,
-    the record of the run to resume, flags. A resumed run may only change what is not of its past.
+    What counts, weakest first: defaults, preset, data, number and transform of the agents to start
+    from, the record of the run to resume, flags. A resumed run may only change what is not of its
+    past.
     """
     parse = partial(tyro.cli, Config, args=arguments, description=__doc__)
     config = parse()
@@ -1228,17 +1229,22 @@ def parse_config(arguments):
         check_resumed(config, default)
         return config, *locate(config)[:2]
     check_config(dataclasses.replace(config, preset="auto"))  # the preset is still to come
-    path, spec, auto = locate(config)
-    preset = auto if config.preset == "auto" else config.preset
-    if preset not in PRESETS:
-        fail(f"--preset {preset}: must be auto or one of {', '.join(PRESETS)}")
-    default, its = dataclasses.replace(Config(), **PRESETS[preset]), {}
+    its, data = {}, {}
     if config.init_from:
         _, meta, found = load_own_checkpoint(config.init_from, INIT_FROM)
         names = ("num_seeds", "normalize_observations", "normalize_returns", "reward_scale",
                  "reward_shift")
         its = {name: meta["config"].get(name, False) for name in names if hasattr(config, name)}
-    config = dataclasses.replace(parse(default=dataclasses.replace(default, **its)), preset=preset)
+        if getattr(config, "dataset", "") is None:  # without a flag it is what they learned from
+            data = {"dataset": meta["config"].get("dataset"),
+                    "env_id": config.env_id or meta["config"].get("env_id")}
+            config = dataclasses.replace(config, **data)
+    path, spec, auto = locate(config)
+    preset = auto if config.preset == "auto" else config.preset
+    if preset not in PRESETS:
+        fail(f"--preset {preset}: must be auto or one of {', '.join(PRESETS)}")
+    default = dataclasses.replace(Config(), **PRESETS[preset] | its | data)
+    config = dataclasses.replace(parse(default=default), preset=preset)
     check_config(config)
     for name, needed in its.items():
         if getattr(config, name) != needed:

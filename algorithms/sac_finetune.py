@@ -7,7 +7,7 @@ online the difference is dropped, and --mode says how the collapse is met:
     naive         nothing: SAC on the new transitions only
     mixed         half of every batch from the dataset
     wsrl          no dataset: 5,000 steps of the frozen policy first, then 4 critic updates a step
-    conservative  mixed, and the policy stays within kl_limit nats of a reference policy
+    conservative  mixed, and the policy stays within a limit, in nats, of a reference policy
 
     Zhou et al.: Efficient Online RL Fine-Tuning Need Not Retain Offline Data (WSRL), 2412.07762
     Wu et al.: OCR-CFT, arXiv 2412.18855 (the conservative mode's constraint)
@@ -20,7 +20,7 @@ online the difference is dropped, and --mode says how the collapse is met:
     online actor  L_pi   = the same, if conservative + kl_multiplier * mean|Q| * KL(pi || pi_ref)
     temperature  L_alpha = -temperature * E[ log pi(a | s) + target_entropy ]
     multiplier   L_mult  = -E[ multiplier * cql_alpha * (D - gap) ], offline, with --lagrange
-    kl           L_kl    = -kl_multiplier * (KL - kl_limit), if conservative, in L_alpha's place
+    kl           L_kl    = -kl_multiplier * (KL - limit), if conservative, in L_alpha's place
 
     python algorithms/sac_finetune.py --mode conservative             # pre-trains with CQL first
     python algorithms/sac_finetune.py --mode naive --init-from RUN    # of cql, cal_ql or iql
@@ -28,16 +28,18 @@ online the difference is dropped, and --mode says how the collapse is met:
 
 Deviations from the authors' code (github.com/zhouzypaul/wsrl, github.com/QinwenLuo/OCR-CFT):
  1. --mode wsrl alone is WSRL's schedule on plain networks, so that all modes can start from one
-    agent; the third command above is the published one. The random pair is drawn without
-    replacement, by every micro-batch anew, and in the target only, not in the CQL term; the
-    policy's std depends on the state in antmaze, too. Actor and temperature see the last of the
-    critic's minibatches, the temperature the entropy in s, not in s'.
+    agent; the third command above has the published ensemble and schedule, but the domains'
+    settings of 5. (in locomotion cql_alpha 10 and rate 3e-5 where WSRL has 5 and 1e-4). The
+    random pair is drawn without replacement, by every micro-batch anew, and in the target only,
+    not in the CQL term; the policy's std depends on the state in antmaze, too. Actor and
+    temperature see the last of the critic's minibatches, the temperature the entropy in s, not s'.
  2. The conservative mode is a reconstruction. From OCR-CFT are the limit's line (0.125 to 2 nats
     over 100k updates) and a multiplier; not its reconstruction and alignment of the critic, the
     penalty in the target, the reference that is the best policy so far (here the pre-trained
-    one, or --reference average, with a limit near 0.004), 10 updates per step, or its loss. The
-    multiplier stays in 1e-3 ... 100, and weighs the KL against the mean magnitude of Q; the
-    temperature is held, for the bound may not let the entropy reach its target.
+    one, or --reference average, with --kl-limit and --kl-limit-end near 0.004), 10 updates per
+    step, its loss, or its multiplier's rate (in its TD3 5e-5, here 1e-2). The multiplier stays
+    in 1e-3 ... 100, and weighs the KL against the mean magnitude of Q; the temperature is held,
+    for the bound may not let the entropy reach its target.
  3. The first 1,000 steps in every other mode are the frozen policy's, too.
  4. An IQL checkpoint's policy becomes a squashed Gaussian with the same mode and, where tanh is
     steep, std (in AntMaze about half of it). Its temperature starts at --initial-temperature, 0.01.
@@ -125,7 +127,7 @@ class Config:
     video: bool = False  # film one episode at the end: video.mp4
     wandb: bool = False  # also log to Weights & Biases
     # Data
-    dataset: str | None = None  # Minari id or folder, .npz or .hdf5; default: the repository's own
+    dataset: str | None = None  # Minari id, folder or file; default: --init-from's, else the repo's
     env_id: str | None = None  # Gymnasium id; needed with a flat file, else the dataset's
     normalize_observations: bool = False  # by the dataset's mean and standard deviation
     normalize_returns: bool = False  # rewards times 1000 / (max - min return in the dataset)
@@ -228,16 +230,20 @@ INIT_FROM = ("cql", "cal_ql", "iql")  # scripts whose checkpoints --init-from ta
 
 METRICS = {  # every column of metrics.csv that is the algorithm's own, with its healthy range
     "critic_loss": "TD part: squared error, summed over critics; bounded, may grow with q",
-    "difference": "soft maximum of Q minus Q of the data; falls, online it may rise for a while",
-    "multiplier": "of the difference (1 without --lagrange); rises while it is above target_gap",
+    "difference": "offline: soft maximum of Q minus Q of the data; falls",
+    "multiplier": "offline: of the difference (1 without --lagrange); rises while it is above "
+    "target_gap",
     "q": "mean Q of the batch; below the discounted return, never far above",
-    "below_return": "share of the policy's actions whose Q is below the Monte-Carlo return: what "
-    "Cal-QL lifts; near 1 after much conservatism, and at first where returns are positive",
+    "below_return": "offline: share of the policy's actions whose Q is below the Monte-Carlo "
+    "return: what Cal-QL lifts; near 1 after much conservatism, and at first where returns are "
+    "positive",
     "actor_loss": "temperature * log pi - Q; falls as q rises",
     "entropy": "-log pi of the policy's own actions (nats); settles at the target entropy",
     "temperature_loss": "near 0 once the entropy is at its target",
-    "temperature": "price of a nat of entropy; falls from 1; held online in the conservative mode",
-    "kl": "of the policy from its reference (nats), conservative mode; at most about kl_limit",
+    "temperature": "price of a nat of entropy; from 1, after --init-from iql from 0.01, to where "
+    "the entropy is at its target; held online in the conservative mode",
+    "kl": "of the policy from its reference (nats), conservative mode; at most about the limit, a "
+    "line from kl_limit to kl_limit_end",
     "kl_multiplier": "of the KL; rises while it is above the limit",
     "offline_q": "online: mean Q of dataset rows; may drift where they are no longer replayed",
     "online_q": "online: mean Q of new transitions, in the agent's own states",
@@ -1548,8 +1554,9 @@ def config_from(text):
 def parse_config(arguments):
     """Command line -> (Config, dataset path, environment specification).
 
-    What counts, weakest first: defaults, preset, number and transform of the agents to start from,
-    the record of the run to resume, flags. A resumed run may only change what is not of its past.
+    What counts, weakest first: defaults, preset, data, number and transform of the agents to start
+    from, the record of the run to resume, flags. A resumed run may only change what is not of its
+    past.
     """
     parse = partial(tyro.cli, Config, args=arguments, description=__doc__)
     config = parse()
@@ -1568,17 +1575,22 @@ def parse_config(arguments):
         check_resumed(config, default)
         return config, *locate(config)[:2]
     check_config(dataclasses.replace(config, preset="auto"))  # the preset is still to come
-    path, spec, auto = locate(config)
-    preset = auto if config.preset == "auto" else config.preset
-    if preset not in PRESETS:
-        fail(f"--preset {preset}: must be auto or one of {', '.join(PRESETS)}")
-    default, its = dataclasses.replace(Config(), **PRESETS[preset]), {}
+    its, data = {}, {}
     if config.init_from:
         _, meta, found = load_own_checkpoint(config.init_from, INIT_FROM)
         names = ("num_seeds", "normalize_observations", "normalize_returns", "reward_scale",
                  "reward_shift")
         its = {name: meta["config"].get(name, False) for name in names if hasattr(config, name)}
-    config = dataclasses.replace(parse(default=dataclasses.replace(default, **its)), preset=preset)
+        if getattr(config, "dataset", "") is None:  # without a flag it is what they learned from
+            data = {"dataset": meta["config"].get("dataset"),
+                    "env_id": config.env_id or meta["config"].get("env_id")}
+            config = dataclasses.replace(config, **data)
+    path, spec, auto = locate(config)
+    preset = auto if config.preset == "auto" else config.preset
+    if preset not in PRESETS:
+        fail(f"--preset {preset}: must be auto or one of {', '.join(PRESETS)}")
+    default = dataclasses.replace(Config(), **PRESETS[preset] | its | data)
+    config = dataclasses.replace(parse(default=default), preset=preset)
     check_config(config)
     for name, needed in its.items():
         if getattr(config, name) != needed:

@@ -24,6 +24,8 @@ Of each run, in points of score:
     fell       whether the depth is more than a fifth of offline: less may be an evaluation's noise
     recovered  of a run that fell: the first step after that lowest one whose evaluation is at least
                offline
+    drop       the largest loss at any time: the best evaluation so far, the one at the switch among
+               them, minus the present one. A collapse that comes late has a drop and no depth
     final      the last evaluation
     area       mean height of the curve, from the switch to the end, by trapezoids
     distance   of the last policy from the offline one on the states met online, root mean square
@@ -102,6 +104,7 @@ def measures(run):
         "depth": offline - lowest,
         "fell": fell,
         "recovered": next(again, None) if fell else None,
+        "drop": float(np.max(np.maximum.accumulate(values) - values)),
         "final": values[-1],
         "area": float(np.trapezoid(values, steps)) / steps[-1],
         "distance": run.get("distance_to_offline", [None])[-1],
@@ -233,15 +236,15 @@ def without_paths(command):
 def table(groups):
     """All groups in Markdown, a row each."""
     columns = ("dataset", "agent of", "online", "replay", "finished", "offline", "depth", "fell",
-               "recovered at", "final", "area", "distance")
+               "recovered at", "drop", "final", "area", "distance")
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for (dataset, entry), (runs, planned) in groups.items():
         found = [measures(run) for run in runs]
         cells = {key: report.show([each[key] for each in found])
-                 for key in ("offline", "depth", "final", "area", "distance")}
+                 for key in ("offline", "depth", "drop", "final", "area", "distance")}
         cells["fell"], cells["recovered"] = recovery(found)
         shown = [cells[key] for key in
-                 ("offline", "depth", "fell", "recovered", "final", "area", "distance")]
+                 ("offline", "depth", "fell", "recovered", "drop", "final", "area", "distance")]
         lines.append(f"| {' | '.join([dataset, *ROWS[entry], f'{len(runs)} of {planned}', *shown])}"
                      " |")
     return "\n".join(lines)
@@ -269,9 +272,11 @@ def paired_table(groups):
 
 def control_table(controls):
     """The measures where nothing is switched, in Markdown: a row per dataset and algorithm."""
-    lines = ["| dataset | algorithm | runs | begins at | depth | fell | area |", "|---" * 7 + "|"]
+    lines = ["| dataset | algorithm | runs | begins at | depth | fell | drop | area |",
+             "|---" * 8 + "|"]
     for (dataset, algorithm), found in controls.items():
-        cells = [report.show([each[key] for each in found]) for key in ("offline", "depth", "area")]
+        cells = [report.show([each[key] for each in found])
+                 for key in ("offline", "depth", "drop", "area")]
         cells.insert(2, recovery(found)[0])
         lines.append(f"| {dataset} | {algorithm} | {len(found)} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -329,29 +334,34 @@ ABOUT = """Made by `python results/collapse.py --tables` from the [records](reco
 the columns mean, and why these combinations: the text at the top of [`collapse.py`](collapse.py).
 In short: the depth is the offline score minus the lowest evaluation of the first 25,000 online
 steps; a run fell if that is more than a fifth of the offline score, and has recovered at the first
-evaluation after the lowest one that is as good as offline; the area is the mean height of the
-online curve; the distance is that of the last policy from the offline one. Means over seeds, in
-brackets the 95 % bootstrap interval or, of fewer than five seeds, the smallest and the largest
-value, which of three seeds is the same.
+evaluation after the lowest one that is as good as offline, which need not last; the drop is the
+largest loss from the best evaluation so far, at any time, and so shows a fall that comes after the
+25,000 steps or from a height that was gained online; the area is the mean height of the online
+curve; the distance is that of the last policy from the offline one. Means over seeds, in brackets
+the 95 % bootstrap interval or, of fewer than five seeds, the smallest and the largest value, which
+of three seeds is the same.
 
 A depth of some points is no collapse: it is the smallest of ten evaluations (IQL's: of five) of 30
-episodes each (IQL's: of 10), and the offline score is one such evaluation, too. How large it is
-without any switch stands at the end. Where the offline score is low there is little to lose. The
-agents are small (100,000 offline updates of TD3+BC, on hopper-medium 25,000, 20,000 of CQL and
-Cal-QL with 4 sampled actions, whose Q still rises then, 200,000 of IQL), and so are the samples of
-the data: compare rows within a dataset that start from the same agents, not with the literature.
-ope-hopper-replay has 360,658 rows, the others about 9,000: wide and narrow data are also large and
-small here, and after 25,000 steps the new rows are 6.5 % of its appended buffer, but 74 % of
+episodes each (IQL's: of 10), and the offline score is one such evaluation, too; a drop is the
+largest of all differences of twenty. How large both are without any switch stands at the end. Where
+the offline score is low there is little to lose. The agents are small (100,000 offline updates of
+TD3+BC, on hopper-medium 25,000, 20,000 of CQL and Cal-QL with 4 sampled actions and a policy's rate
+of 3e-4, ten times CORL's; CQL's Q still rises then; 200,000 of IQL), and so are the samples of the
+data: compare rows within a dataset that start from the same agents, not with the literature.
+ope-hopper-replay has 360,658 rows, the others about 9,000: one of the wide datasets is also the
+only large one, and after 25,000 steps the new rows are 6.5 % of its appended buffer, but 74 % of
 theirs. Wide data are of Hopper alone. TD3-C's constants were chosen before, on one narrow Hopper
 agent with half replay; its D is measured on the batch, with appended replay mostly on old rows.
 Rate/100 and rate/1000 are TD3 with a hundredth and a thousandth of the policy's learning rate.
 TD3's family begins online with fresh optimisers, which makes the first policy updates large, the
 others carry theirs, and IQL's policy, whose rate has decayed to 0 by the switch, has a constant one
 after it: compare within a family. SAC's KL bound holds the temperature, too, and bounds the
-distance from the offline policy where TD3-C bounds the pace. WSRL has two plain critics, not its
-ten with LayerNorm; it does not learn before step 5,000, so that two of its ten evaluations are the
-offline agent's, and then makes four critic updates a step. A run that was stopped because a loss
-was not finite has no row here, which flatters what breaks."""
+distance from the offline policy where TD3-C bounds the pace; its price begins high, so that its
+first evaluations are almost the offline agent's, and its limit goes on to rise, to some 1 nat at
+the end. WSRL has two plain critics, not its ten with LayerNorm, and agents of this CQL; it does not
+learn before step 5,000, so that two of its ten evaluations are the offline agent's, and then makes
+four critic updates a step. A run that was stopped because a loss was not finite has no row here,
+which flatters what breaks."""
 CAPTION = """The switch is at 0, where each curve begins at the offline score. Mean over seeds, and
 from the smallest to the largest of them: solid, half of every batch from the dataset; dashed, new
 transitions only; dotted, all rows equally likely. Above, the agents of TD3+BC; below, those of CQL

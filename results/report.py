@@ -319,8 +319,9 @@ def plot_dataset(dataset, groups, path):
     labels = {"offline": "updates offline", "online": "environment steps online"}
     phases = [phase for phase in labels if any(run["points"][phase] for _, runs in groups
                                                for run in runs)]
-    figure, axes = pyplot.subplots(1, len(phases), figsize=(2 + 4.2 * len(phases), 3.8),
-                                   sharey=True, squeeze=False, layout="constrained")
+    size = 2 + 4.2 * len(phases), max(3.8, 0.8 + 0.17 * len(groups))  # the legend's height
+    figure, axes = pyplot.subplots(1, len(phases), figsize=size, sharey=True, squeeze=False,
+                                   layout="constrained")
     handles = []
     for (color, style), (entry, runs) in zip(STYLES * 5, groups, strict=False):
         handles.append(Line2D([], [], color=color, ls=style, lw=2, label=entry))
@@ -424,7 +425,7 @@ def function_of(label, functions):
 
 ORDER = """Read `algorithms/iql.py` first: the docstring, `Losses`, `update_step`; then
 `baselines/sac.py`, the base of the CQL family, beside it. Below the line `The same bytes in every
-script` nothing is specific to an algorithm."""
+script` comes the plumbing: data, environments, checkpoints, the run's folder, the loops."""
 EXERCISES = """1. **IQL → XQL** (`iql.py`, about 20 lines). Replace the expectile in `value_loss` by
    the Gumbel regression `exp(z) - z - 1`, `z = u / temperature` (clipped at 7, and the loss
    divided by `exp` of its batch maximum). Which setting has to change with the reward scale?

@@ -98,6 +98,12 @@ BUGS = {
     "data-actions-not-rescaled": (
         IQL, "scaled = (x - self.action_center) / self.action_scale", "scaled = x", DATA, "action"),
     # The environment
+    "init-from-on-the-default-dataset": (
+        IQL, "**PRESETS[preset] | its | data)", "**PRESETS[preset] | its)",
+        "tests/test_run.py", "that_agents_data"),
+    "init-from-forgets-given-data": (
+        IQL, 'if getattr(config, "dataset", "") is None:', 'if hasattr(config, "dataset"):',
+        "tests/test_run.py", "that_agents_data"),
     "online-time-limit-ends": (
         IQL, "        if terminated[i] or truncated:\n",
         "        terminated[i] |= truncated\n        if terminated[i]:\n",

@@ -625,6 +625,22 @@ def test_init_from_starts_online_with_that_agent(script, flags, unbroken, tmp_pa
     )
 
 
+def test_init_from_goes_on_with_that_agents_data(script, flags, unbroken, pendulum, tmp_path):
+    options = [*flags[4:-2], "--init-from", str(unbroken.folder)]  # neither --dataset nor --env-id
+    config, path, spec = script.parse_config(options)
+    assert (config.dataset, path) == (str(pendulum), pendulum)
+    assert json.loads(spec)["id"] == "Pendulum-v1"
+    other = tmp_path / "other.npz"
+    other.touch()
+    given = ["--dataset", str(other), "--env-id", "MountainCarContinuous-v0"]
+    config, path, spec = script.parse_config([*options, *given])
+    assert (config.dataset, path) == (str(other), other)
+    assert json.loads(spec)["id"] == "MountainCarContinuous-v0"
+    with pytest.raises(SystemExit) as refused:  # another flat file says nothing of its environment
+        script.parse_config([*options, *given[:2]])
+    assert refused.value.code == 2
+
+
 PAIR = """
 import os, sys
 sys.path.insert(0, sys.argv[1])
