@@ -80,7 +80,9 @@ ROWS = {  # entry of collapse.toml: (whose offline agents, algorithm online, rep
     "collapse-cal_ql": ("Cal-QL", "Cal-QL", "half"),
 }
 CONTROLS = {"td3_bc-offline": "TD3+BC", "td3_bc-longer": "TD3+BC", "iql": "IQL"}
-COMPARED = {"depth": ("less", -1), "final": ("more", 1), "area": ("more", 1)}  # what is better
+COMPARED = {  # measure: what is better, in a word and as a sign
+    "depth": ("less", -1), "drop": ("less", -1), "final": ("more", 1), "area": ("more", 1),
+}  # fmt: skip
 OWN = ("D", "multiplier")  # what only TD3-C has
 PLAIN = ("TD3", "TD3, rate/100", "TD3, rate/1000")  # what TD3-C is compared with, seed by seed
 ALGORITHMS = list(dict.fromkeys(algorithm for _, algorithm, _ in ROWS.values()))

@@ -146,9 +146,10 @@ def test_the_table_shows_what_is_there_and_counts_what_is_not(collapse, records)
     assert collapse.count(groups) == "3 of 180 runs finished"
     assert versions == {"td3_bc.py": 1, "td3_c.py": 1} and controls == {}
     assert collapse.differences(groups)["hopper-medium", "TD3", "half"] == {
-        "depth": [-51], "final": [-7], "area": [pytest.approx(61.95 - 31.0)],
+        "depth": [-51], "drop": [-50], "final": [-7], "area": [pytest.approx(61.95 - 31.0)],
         "D": [pytest.approx(3)], "multiplier": [7]}  # fmt: skip
-    cells = "| TD3 | half | 1 | -51.0; less in 1 | -7.0; more in 0 | 31.0; more in 1 | 3.0 | 7.0 |"
+    cells = ("| TD3 | half | 1 | -51.0; less in 1 | -50.0; less in 1 | -7.0; more in 0 "
+             "| 31.0; more in 1 | 3.0 | 7.0 |")
     assert collapse.paired_table(groups).splitlines()[2:] == [
         f"| hopper-medium {cells}", f"| all {cells}"]
 
@@ -173,7 +174,7 @@ def test_pairs_of_all_datasets_are_pooled_by_replay(collapse, records, trials):
             trial = named[f"collapse-{name}/halfcheetah-medium/seed{seed}"]
             put(records, trial, [60, 60, end], steps)
     rows = collapse.paired_table(collapse.read_study(records, "cpu")[0]).splitlines()
-    found = {tuple(row.split(" | ")[:4]): row.split(" | ")[5] for row in rows[2:]}
+    found = {tuple(row.split(" | ")[:4]): row.split(" | ")[6] for row in rows[2:]}
     assert found == {
         ("| hopper-medium", "TD3", "half", "1"): "-7.0; more in 0",
         ("| halfcheetah-medium", "TD3", "half", "2"): "-10.0 [-40.0, 20.0]; more in 1",
