@@ -362,10 +362,10 @@ distance from the offline policy where TD3-C bounds the pace; its price begins h
 first evaluations are almost the offline agent's, and its limit goes on to rise, to some 1 nat at
 the end. WSRL has two plain critics, not its ten with LayerNorm, and agents of this CQL; it does not
 learn before step 5,000, so that two of its ten evaluations are the offline agent's, and then makes
-four critic updates a step. The agents of CQL and Cal-QL on hopper-medium-replay are not those of the
-records of that name, from which matrix.toml's runs go on: the same commands made them, with later
-versions of the scripts. A run that was stopped because a loss was not finite has no row here, which
-flatters what breaks."""
+four critic updates a step. The agents of CQL and Cal-QL on hopper-medium-replay are not those of
+the records of that name, from which matrix.toml's runs go on: the same commands made them, with
+later versions of the scripts. A run that was stopped because a loss was not finite has no row here,
+which flatters what breaks."""
 CAPTION = """The switch is at 0, where each curve begins at the offline score. Mean over seeds, and
 from the smallest to the largest of them: solid, half of every batch from the dataset; dashed, new
 transitions only; dotted, all rows equally likely. Above, the agents of TD3+BC; below, those of CQL
