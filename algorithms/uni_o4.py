@@ -2088,6 +2088,9 @@ def settle(config, spec):
             rule = "none"  # it does not end at the goal
         config = dataclasses.replace(config, termination=rule)
     check_sizes(config, 8 if online_first else config.num_envs)
+    resumed = config.resume and Path(config.resume, "config.json").is_file()
+    if config.init_from and not resumed:  # else its source may be gone
+        check_source(config, online_first)
     if online_first:
         if config.num_seeds > 1:
             fail("--stages online,offline,online: each seed has its own dataset, so --num-seeds 1")
@@ -2096,9 +2099,6 @@ def settle(config, spec):
         config = dataclasses.replace(  # the policy is trained on raw observations and rewards
             config, env_id=made["id"], normalize_observations=False, normalize_returns=False
         )
-    resumed = config.resume and Path(config.resume, "config.json").is_file()
-    if config.init_from and not resumed:  # else its source may be gone
-        check_source(config, online_first)
     if config.supervised_from and not resumed:
         check_supervised(config, online_first)
     return config
