@@ -35,8 +35,8 @@ Of each run, in points of score:
     multiplier of TD3-C, the last one, at most 100
 
 Where the protocol leaves it open: the depth is not clipped, and below 0 says that the run was never
-as low. The area is divided by the steps: it is to be compared with the offline score. TD3 and TD3-C
-are also compared seed by seed, as every pair starts from one agent. Two controls. Is it the switch?
+as low. The area is divided by the steps: it is to be compared with the offline score. What starts
+from one agent is also compared seed by seed. Two controls. Is it the switch?
 The same measures where nothing is switched, of 25,000 offline updates, as many as the online steps
 in which a collapse is looked for: the last ones before the switch, or, where the agents have no
 more than that, those after it, of a run with the same arguments that goes on offline. Is the
@@ -84,7 +84,18 @@ COMPARED = {  # measure: what is better, in a word and as a sign
     "depth": ("less", -1), "drop": ("less", -1), "final": ("more", 1), "area": ("more", 1),
 }  # fmt: skip
 OWN = ("D", "multiplier")  # what only TD3-C has
-PLAIN = ("TD3", "TD3, rate/100", "TD3, rate/1000")  # what TD3-C is compared with, seed by seed
+PAIRS = (  # compared seed by seed: both start from one agent
+    ("collapse-td3_c-online", "collapse-td3-online"),
+    ("collapse-td3_c-append", "collapse-td3-append"),
+    ("collapse-td3_c-half", "collapse-td3-half"),
+    ("collapse-td3_c-half", "collapse-td3-rate100"),
+    ("collapse-td3_c-half", "collapse-td3-rate1000"),
+    ("collapse-td3_bc", "collapse-td3-half"),
+    ("collapse-td3-half", "collapse-td3-online"),
+    ("collapse-sac_finetune-conservative", "collapse-sac_finetune-mixed"),
+    ("collapse-sac_finetune-mixed", "collapse-sac_finetune-naive"),
+    ("collapse-sac_finetune-wsrl", "collapse-sac_finetune-naive"),
+)
 ALGORITHMS = list(dict.fromkeys(algorithm for _, algorithm, _ in ROWS.values()))
 COLOR = dict(zip(ALGORITHMS, [*report.COLORS, "#000000", "#a6761d"], strict=True))
 LINES = {"half": "-", "online": "--", "append": ":"}  # how the figure draws a replay
@@ -136,17 +147,17 @@ def recovery(found):
 
 
 def differences(groups):
-    """{(dataset, plain algorithm, replay): {measure: TD3-C minus that, one value per seed that has
-    both}}; D and the multiplier are TD3-C's."""
+    """{(dataset, entry, other entry): {measure: the first one's minus the other's, a value per seed
+    that both have}}, for PAIRS; D and the multiplier are TD3-C's own."""
     found = {}
-    for (dataset, entry), (runs, _) in groups.items():
-        found[dataset, *ROWS[entry][1:]] = {run["seed"]: measures(run) for run in runs}
+    for key, (runs, _) in groups.items():
+        found[key] = {run["seed"]: measures(run) for run in runs}
     pairs = {}
-    for (dataset, algorithm, replay), plain in found.items():
-        if algorithm in PLAIN:
-            td3_c = found[dataset, "TD3-C", replay]
-            two = [(td3_c[seed], plain[seed]) for seed in sorted(set(td3_c) & set(plain))]
-            pairs[dataset, algorithm, replay] = {
+    for dataset in dict.fromkeys(dataset for dataset, _ in groups):
+        for entry, other in PAIRS:
+            mine, plain = found[dataset, entry], found[dataset, other]
+            two = [(mine[seed], plain[seed]) for seed in sorted(set(mine) & set(plain))]
+            pairs[dataset, entry, other] = {
                 name: [a[name] - b[name] for a, b in two] for name in COMPARED
             } | {name: [a[name] for a, _ in two] for name in OWN}
     return pairs
@@ -253,22 +264,24 @@ def table(groups):
 
 
 def paired_table(groups):
-    """TD3-C minus what is plain, seed by seed, in Markdown: a row per dataset, algorithm and
-    replay, and one of all datasets."""
+    """One run minus another of the same agent, in Markdown: a row per two entries, over all
+    datasets, then a row per dataset and two entries."""
     pairs = differences(groups)
-    for key in dict.fromkeys(key[1:] for key in pairs):
-        mine = [values for (_, *its), values in pairs.items() if tuple(its) == key]
-        pairs["all", *key] = {name: [value for values in mine for value in values[name]]
-                              for name in (*COMPARED, *OWN)}
-    columns = ("dataset", "minus", "replay", "pairs", *COMPARED, *OWN)
+    pooled = {}
+    for (_, *two), values in pairs.items():
+        mine = pooled.setdefault(("all", *two), {name: [] for name in (*COMPARED, *OWN)})
+        for name in mine:
+            mine[name] += values[name]
+    columns = ("dataset", "online", "minus", "pairs", *COMPARED, *OWN)
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for key, values in pairs.items():
+    for (dataset, *two), values in (pooled | pairs).items():
         if values["area"]:
+            names = [", ".join(ROWS[entry][1:]) for entry in two]
             cells = [f"{report.show(values[name], np.median)}; {word} in "
                      f"{sum(sign * value > 0 for value in values[name])}"
                      for name, (word, sign) in COMPARED.items()]
             cells += [report.show(values[name], np.median) for name in OWN]
-            lines.append(f"| {' | '.join([*key, str(len(values['area'])), *cells])} |")
+            lines.append(f"| {' | '.join([dataset, *names, str(len(values['area'])), *cells])} |")
     return "\n".join(lines)
 
 
@@ -382,9 +395,10 @@ def generate(records, profile, figures):
         (f"{count(groups)}; failed: {'; '.join(failed) or 'none'}. Versions of each script that "
         f"made runs: {made_by}."),
         table(groups),
-        ("TD3-C minus plain TD3, seed by seed: the median, in brackets the smallest and the "
-        "largest (of five pairs and more its 95 % bootstrap interval), and in how many pairs TD3-C "
-        "lost less, or had more. D, in epsilons, and the last multiplier are TD3-C's own."),
+        ("One run minus another that starts from the same agent, seed by seed: the median, in "
+        "brackets the smallest and the largest (of five pairs and more its 95 % bootstrap "
+        "interval), and in how many pairs the first one lost less, or had more. D, in epsilons, "
+        "and the last multiplier are TD3-C's own."),
         paired_table(groups),
         ("The control: the same measures where nothing is switched, over 25,000 offline updates, "
         "the last ones before the switch; for hopper-medium's TD3+BC those after it, offline."),

@@ -145,13 +145,14 @@ def test_the_table_shows_what_is_there_and_counts_what_is_not(collapse, records)
     assert len(failed) == 1 and "seed2: not finite: q" in failed[0]
     assert collapse.count(groups) == "3 of 180 runs finished"
     assert versions == {"td3_bc.py": 1, "td3_c.py": 1} and controls == {}
-    assert collapse.differences(groups)["hopper-medium", "TD3", "half"] == {
+    two = ("collapse-td3_c-half", "collapse-td3-half")
+    assert collapse.differences(groups)["hopper-medium", *two] == {
         "depth": [-51], "drop": [-50], "final": [-7], "area": [pytest.approx(61.95 - 31.0)],
         "D": [pytest.approx(3)], "multiplier": [7]}  # fmt: skip
-    cells = ("| TD3 | half | 1 | -51.0; less in 1 | -50.0; less in 1 | -7.0; more in 0 "
-             "| 31.0; more in 1 | 3.0 | 7.0 |")
+    cells = ("| TD3-C, half | TD3, half | 1 | -51.0; less in 1 | -50.0; less in 1 | -7.0; more in 0"
+             " | 31.0; more in 1 | 3.0 | 7.0 |")
     assert collapse.paired_table(groups).splitlines()[2:] == [
-        f"| hopper-medium {cells}", f"| all {cells}"]
+        f"| all {cells}", f"| hopper-medium {cells}"]
 
 
 def test_columns_are_of_one_seed_and_of_the_online_phase(collapse):
@@ -165,25 +166,37 @@ def test_columns_are_of_one_seed_and_of_the_online_phase(collapse):
     assert collapse.online_columns(bare, 0) == {}
 
 
-def test_pairs_of_all_datasets_are_pooled_by_replay(collapse, records, trials):
+def test_pairs_of_all_datasets_are_pooled_by_entry(collapse, records, trials):
     named, steps = {trial.name: trial for trial in trials}, [0, 25 * K, 50 * K]
     made = {"td3-half": (60, 60), "td3_c-half": (20, 80), "td3-append": (60,),
-            "td3_c-append": (70,), "td3-rate1000": (15,)}  # fmt: skip
+            "td3_c-append": (70,), "td3-rate1000": (15,), "sac_finetune-naive": (60,),
+            "sac_finetune-wsrl": (61,)}  # fmt: skip
     for name, ends in made.items():
         for seed, end in enumerate(ends):
             trial = named[f"collapse-{name}/halfcheetah-medium/seed{seed}"]
             put(records, trial, [60, 60, end], steps)
     rows = collapse.paired_table(collapse.read_study(records, "cpu")[0]).splitlines()
     found = {tuple(row.split(" | ")[:4]): row.split(" | ")[6] for row in rows[2:]}
-    assert found == {
-        ("| hopper-medium", "TD3", "half", "1"): "-7.0; more in 0",
-        ("| halfcheetah-medium", "TD3", "half", "2"): "-10.0 [-40.0, 20.0]; more in 1",
-        ("| halfcheetah-medium", "TD3", "append", "1"): "10.0; more in 1",
-        ("| halfcheetah-medium", "TD3, rate/1000", "half", "1"): "5.0; more in 1",
-        ("| all", "TD3", "half", "3"): "-7.0 [-40.0, 20.0]; more in 1",
-        ("| all", "TD3", "append", "1"): "10.0; more in 1",
-        ("| all", "TD3, rate/1000", "half", "1"): "5.0; more in 1",
-    }  # fmt: skip
+    assert list(found.items()) == [
+        (("| all", "TD3-C, append", "TD3, append", "1"), "10.0; more in 1"),
+        (("| all", "TD3-C, half", "TD3, half", "3"), "-7.0 [-40.0, 20.0]; more in 1"),
+        (("| all", "TD3-C, half", "TD3, rate/1000, half", "1"), "5.0; more in 1"),
+        (("| all", "WSRL, online", "SAC, online", "1"), "1.00; more in 1"),
+        (("| hopper-medium", "TD3-C, half", "TD3, half", "1"), "-7.0; more in 0"),
+        (("| halfcheetah-medium", "TD3-C, append", "TD3, append", "1"), "10.0; more in 1"),
+        (("| halfcheetah-medium", "TD3-C, half", "TD3, half", "2"),
+         "-10.0 [-40.0, 20.0]; more in 1"),
+        (("| halfcheetah-medium", "TD3-C, half", "TD3, rate/1000, half", "1"),
+         "5.0; more in 1"),
+        (("| halfcheetah-medium", "WSRL, online", "SAC, online", "1"), "1.00; more in 1"),
+    ]  # fmt: skip
+
+
+def test_what_is_paired_starts_from_one_agent_and_differs_in_one_factor(collapse):
+    for two in collapse.PAIRS:
+        mine, other = (collapse.ROWS[entry] for entry in two)
+        assert mine[0] == other[0]
+        assert (mine[1] == other[1]) != (mine[2] == other[2])
 
 
 def test_the_control_has_a_table(collapse, records, trials):
@@ -317,7 +330,7 @@ def test_every_row_is_in_the_matrix_and_no_run_is_in_it_twice(collapse, trials):
     assert set(collapse.ROWS) < names and len(trials) == 219
     runs = [(*trial.command[:-1], trial.after) for trial in trials]
     assert len(set(runs)) == len(runs)
-    wanted = {"TD3+BC": "bc"} | dict.fromkeys(collapse.PLAIN, "td3")
+    wanted = {"TD3+BC": "bc"} | dict.fromkeys(("TD3", "TD3, rate/100", "TD3, rate/1000"), "td3")
     for trial in trials:
         agents, algorithm, _ = collapse.ROWS.get(trial.name.split("/")[0], ("", "", ""))
         if trial.after:
