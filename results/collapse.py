@@ -36,14 +36,15 @@ Of each run, in points of score:
 
 Where the protocol leaves it open: the depth is not clipped, and below 0 says that the run was never
 as low. The area is divided by the steps: it is to be compared with the offline score. What starts
-from one agent is also compared seed by seed. Two controls. Is it the switch?
-The same measures where nothing is switched, of 25,000 offline updates, as many as the online steps
-in which a collapse is looked for: the last ones before the switch, or, where the agents have no
-more than that, those after it, of a run with the same arguments that goes on offline. Is the
-constraint anything but a slow pace? Plain TD3, half of every batch from the dataset, with a
-hundredth and with a thousandth of the policy's learning rate (rate/100, rate/1000). The thousandth
-was chosen as, on one agent, it leaves the offline policy about as slowly as TD3-C in 5,000 steps;
-what became of it is in the column distance.
+from one agent is also compared seed by seed. Three controls. Is it the switch? The same measures
+where nothing is switched, of 25,000 offline updates, as many as the online steps in which a
+collapse is looked for: the last ones before the switch, or, where the agents have no more than
+that, those after it, of a run with the same arguments that goes on offline. Is the constraint
+anything but a slow pace? Plain TD3, half of every batch from the dataset, with a hundredth and with
+a thousandth of the policy's learning rate (rate/100, rate/1000). The thousandth was chosen as, on
+one agent, it leaves the offline policy about as slowly as TD3-C in 5,000 steps; what became of it
+is in the column distance. Is it the optimiser, whose first steps are as long as its rate allows
+when it is fresh? Plain TD3 with the moments of TD3+BC's (carried), on narrow data.
 """
 
 import argparse
@@ -67,6 +68,7 @@ ROWS = {  # entry of collapse.toml: (whose offline agents, algorithm online, rep
     "collapse-td3-online": ("TD3+BC", "TD3", "online"),
     "collapse-td3-append": ("TD3+BC", "TD3", "append"),
     "collapse-td3-half": ("TD3+BC", "TD3", "half"),
+    "collapse-td3-carried": ("TD3+BC", "TD3, carried", "half"),
     "collapse-td3-rate100": ("TD3+BC", "TD3, rate/100", "half"),
     "collapse-td3-rate1000": ("TD3+BC", "TD3, rate/1000", "half"),
     "collapse-td3_c-online": ("TD3+BC", "TD3-C", "online"),
@@ -92,12 +94,13 @@ PAIRS = (  # compared seed by seed: both start from one agent
     ("collapse-td3_c-half", "collapse-td3-rate1000"),
     ("collapse-td3_bc", "collapse-td3-half"),
     ("collapse-td3-half", "collapse-td3-online"),
+    ("collapse-td3-carried", "collapse-td3-half"),
     ("collapse-sac_finetune-conservative", "collapse-sac_finetune-mixed"),
     ("collapse-sac_finetune-mixed", "collapse-sac_finetune-naive"),
     ("collapse-sac_finetune-wsrl", "collapse-sac_finetune-naive"),
 )
 ALGORITHMS = list(dict.fromkeys(algorithm for _, algorithm, _ in ROWS.values()))
-COLOR = dict(zip(ALGORITHMS, [*report.COLORS, "#000000", "#a6761d"], strict=True))
+COLOR = dict(zip(ALGORITHMS, [*report.COLORS, "#000000", "#a6761d", "#c51b7d"], strict=True))
 LINES = {"half": "-", "online": "--", "append": ":"}  # how the figure draws a replay
 
 
@@ -155,7 +158,7 @@ def differences(groups):
     pairs = {}
     for dataset in dict.fromkeys(dataset for dataset, _ in groups):
         for entry, other in PAIRS:
-            mine, plain = found[dataset, entry], found[dataset, other]
+            mine, plain = found.get((dataset, entry), {}), found[dataset, other]
             two = [(mine[seed], plain[seed]) for seed in sorted(set(mine) & set(plain))]
             pairs[dataset, entry, other] = {
                 name: [a[name] - b[name] for a, b in two] for name in COMPARED
@@ -368,17 +371,17 @@ only large one, and after 25,000 steps the new rows are 6.5 % of its appended bu
 theirs. Wide data are of Hopper alone. TD3-C's constants were chosen before, on one narrow Hopper
 agent with half replay; its D is measured on the batch, with appended replay mostly on old rows.
 Rate/100 and rate/1000 are TD3 with a hundredth and a thousandth of the policy's learning rate.
-TD3's family begins online with fresh optimisers, which makes the first policy updates large, the
-others carry theirs, and IQL's policy, whose rate has decayed to 0 by the switch, has a constant one
-after it: compare within a family. SAC's KL bound holds the temperature, too, and bounds the
-distance from the offline policy where TD3-C bounds the pace; its price begins high, so that its
-first evaluations are almost the offline agent's, and its limit goes on to rise, to some 1 nat at
-the end. WSRL has two plain critics, not its ten with LayerNorm, and agents of this CQL; it does not
-learn before step 5,000, so that two of its ten evaluations are the offline agent's, and then makes
-four critic updates a step. The agents of CQL and Cal-QL on hopper-medium-replay are not those of
-the records of that name, from which matrix.toml's runs go on: the same commands made them, with
-later versions of the scripts. A run that was stopped because a loss was not finite has no row here,
-which flatters what breaks."""
+TD3's family begins online with fresh optimisers, which makes the first policy updates large, but
+for the row "carried"; the others carry theirs, and IQL's policy, whose rate has decayed to 0 by the
+switch, has a constant one after it: compare within a family. SAC's KL bound holds the temperature,
+too, and bounds the distance from the offline policy where TD3-C bounds the pace; its price begins
+high, so that its first evaluations are almost the offline agent's, and its limit goes on to rise,
+to some 1 nat at the end. WSRL has two plain critics, not its ten with LayerNorm, and agents of this
+CQL; it does not learn before step 5,000, so that two of its ten evaluations are the offline
+agent's, and then makes four critic updates a step. The agents of CQL and Cal-QL on
+hopper-medium-replay are not those of the records of that name, from which matrix.toml's runs go on:
+the same commands made them, with later versions of the scripts. A run that was stopped because a
+loss was not finite has no row here, which flatters what breaks."""
 CAPTION = """The switch is at 0, where each curve begins at the offline score. Mean over seeds, and
 from the smallest to the largest of them: solid, half of every batch from the dataset; dashed, new
 transitions only; dotted, all rows equally likely. Above, the agents of TD3+BC; below, those of CQL

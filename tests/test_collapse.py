@@ -133,7 +133,7 @@ def test_the_table_shows_what_is_there_and_counts_what_is_not(collapse, records)
     groups, failed, versions, controls = collapse.read_study(records, "cpu")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]]
             for line in collapse.table(groups).splitlines()[2:]]  # fmt: skip
-    assert len(rows) == 4 * len(collapse.ROWS)
+    assert len(rows) == 4 * len(collapse.ROWS) - 2  # carried: narrow data only
     assert [row for row in rows if row[4] != "0 of 3"] == [
         ["hopper-medium", "TD3+BC", "TD3", "half", "2 of 3", "55.0 [50.0, 60.0]",
          "35.0 [20.0, 50.0]", "2 of 2", "50,000; never", "35.0 [20.0, 50.0]", "55.0 [40.0, 70.0]",
@@ -143,7 +143,7 @@ def test_the_table_shows_what_is_there_and_counts_what_is_not(collapse, records)
     ]  # fmt: skip
     assert all(set(row[5:]) == {"-"} for row in rows if row[4] == "0 of 3")
     assert len(failed) == 1 and "seed2: not finite: q" in failed[0]
-    assert collapse.count(groups) == "3 of 180 runs finished"
+    assert collapse.count(groups) == "3 of 186 runs finished"
     assert versions == {"td3_bc.py": 1, "td3_c.py": 1} and controls == {}
     two = ("collapse-td3_c-half", "collapse-td3-half")
     assert collapse.differences(groups)["hopper-medium", *two] == {
@@ -226,7 +226,7 @@ def test_runs_of_one_family_begin_with_one_agent(collapse, records, trials):
 def test_all_that_is_generated(collapse, records):
     written = collapse.generate(records, "cpu", records)
     text, readme = (written[ROOT / name] for name in ("results/collapse.md", "README.md"))
-    assert "3 of 180 runs finished; failed: cpu/collapse-td3-half/hopper-medium/seed2" in text
+    assert "3 of 186 runs finished; failed: cpu/collapse-td3-half/hopper-medium/seed2" in text
     part = readme.partition("<!-- collapse -->")[2].partition("<!-- end of collapse -->")[0]
     assert part.count("\n| hopper-medium |") == 2 and "0 of 3" not in part
     assert (records / "collapse.png").stat().st_size > 10_000
@@ -327,16 +327,20 @@ def test_every_row_is_in_the_matrix_and_no_run_is_in_it_twice(collapse, trials):
     names = {trial.name.split("/")[0] for trial in trials}
     assert names - set(collapse.ROWS) == {
         "td3_bc-offline", "td3_bc-longer", "cql-offline", "cal_ql-offline"}  # fmt: skip
-    assert set(collapse.ROWS) < names and len(trials) == 219
+    assert set(collapse.ROWS) < names and len(trials) == 225
     runs = [(*trial.command[:-1], trial.after) for trial in trials]
     assert len(set(runs)) == len(runs)
-    wanted = {"TD3+BC": "bc"} | dict.fromkeys(("TD3", "TD3, rate/100", "TD3, rate/1000"), "td3")
+    plain = [name for name in collapse.ALGORITHMS if name.partition(",")[0] == "TD3"]
+    wanted = {"TD3+BC": "bc"} | dict.fromkeys(plain, "td3")
     for trial in trials:
         agents, algorithm, _ = collapse.ROWS.get(trial.name.split("/")[0], ("", "", ""))
         if trial.after:
             assert agents.lower().replace("+", "_").replace("-", "_") == trial.after.split("-")[0]
         if algorithm in wanted:
             assert value_of(trial.command, "--online-loss") == wanted[algorithm]
+            carried = "--online-optimizer" in trial.command
+            assert carried == (algorithm == "TD3, carried")
+            assert not carried or value_of(trial.command, "--online-optimizer") == "carried"
             slower = algorithm.partition("rate/")[2]
             assert bool(slower) == ("--policy-learning-rate" in trial.command)
             if slower:
