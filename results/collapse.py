@@ -350,38 +350,48 @@ def plot_runs(panel, entry, runs):
 ABOUT = """Made by `python results/collapse.py --tables` from the [records](records) of the runs in
 [`collapse.toml`](collapse.toml); without `--tables` it makes the runs, or goes on with them. What
 the columns mean, and why these combinations: the text at the top of [`collapse.py`](collapse.py).
-In short: the depth is the offline score minus the lowest evaluation of the first 25,000 online
-steps; a run fell if that is more than a fifth of the offline score, and has recovered at the first
-evaluation after the lowest one that is as good as offline, which need not last; the drop is the
-largest loss from the best evaluation so far, at any time, and so shows a fall that comes after the
-25,000 steps or from a height that was gained online; the area is the mean height of the online
-curve; the distance is that of the last policy from the offline one. Means over seeds, in brackets
-the 95 % bootstrap interval or, of fewer than five seeds, the smallest and the largest value, which
-of three seeds is the same.
+In short:
 
-A depth of some points is no collapse: it is the smallest of ten evaluations (IQL's: of five) of 30
-episodes each (IQL's: of 10), and the offline score is one such evaluation, too; a drop is the
-largest of all differences of twenty. How large both are without any switch stands at the end. Where
-the offline score is low there is little to lose. The agents are small (100,000 offline updates of
-TD3+BC, on hopper-medium 25,000, 20,000 of CQL and Cal-QL with 4 sampled actions and a policy's rate
-of 3e-4, ten times CORL's; CQL's Q still rises then; 200,000 of IQL), and so are the samples of the
-data: compare rows within a dataset that start from the same agents, not with the literature.
-ope-hopper-replay has 360,658 rows, the others about 9,000: one of the wide datasets is also the
-only large one, and after 25,000 steps the new rows are 6.5 % of its appended buffer, but 74 % of
-theirs. Wide data are of Hopper alone. TD3-C's constants were chosen before, on one narrow Hopper
-agent with half replay; its D is measured on the batch, with appended replay mostly on old rows.
-Rate/100 and rate/1000 are TD3 with a hundredth and a thousandth of the policy's learning rate.
-TD3's family begins online with fresh optimisers, which makes the first policy updates large, but
-for the row "carried"; the others carry theirs, and IQL's policy, whose rate has decayed to 0 by the
-switch, has a constant one after it: compare within a family. SAC's KL bound holds the temperature,
-too, and bounds the distance from the offline policy where TD3-C bounds the pace; its price begins
-high, so that its first evaluations are almost the offline agent's, and its limit goes on to rise,
-to some 1 nat at the end. WSRL has two plain critics, not its ten with LayerNorm, and agents of this
-CQL; it does not learn before step 5,000, so that two of its ten evaluations are the offline
-agent's, and then makes four critic updates a step. The agents of CQL and Cal-QL on
-hopper-medium-replay are not those of the records of that name, from which matrix.toml's runs go on:
-the same commands made them, with later versions of the scripts. A run that was stopped because a
-loss was not finite has no row here, which flatters what breaks."""
+- **depth**: the offline score minus the lowest evaluation of the first 25,000 online steps;
+- a run **fell** if that is more than a fifth of the offline score, and has **recovered** at the
+  first evaluation after the lowest one that is as good as offline, which need not last;
+- **drop**: the largest loss from the best evaluation so far, at any time: it shows a fall that
+  comes after the 25,000 steps, or from a height that was gained online;
+- **area**: the mean height of the online curve; **distance**: of the last policy from the offline
+  one.
+
+Means over seeds, in brackets the 95 % bootstrap interval or, of fewer than five seeds, the smallest
+and the largest value, which of three seeds is the same. TD3, rate/100 and rate/1000, has a
+hundredth and a thousandth of the policy's learning rate; TD3, carried, the moments of TD3+BC's
+optimisers, where TD3's family else begins online with fresh ones.
+
+To be read with care:
+
+- **A depth of some points is no collapse.** It is the smallest of ten evaluations (IQL's: of five)
+  of 30 episodes each (IQL's: of 10), and the offline score is one such evaluation, too; a drop is
+  the largest of all differences of twenty. How large both are without any switch stands at the end.
+  Where the offline score is low there is little to lose.
+- **The agents are small**: 100,000 offline updates of TD3+BC, on hopper-medium 25,000; 20,000 of
+  CQL and Cal-QL with 4 sampled actions and a policy's rate of 3e-4, ten times CORL's (CQL's Q still
+  rises then); 200,000 of IQL. So are the samples of the data: compare rows within a dataset that
+  start from the same agents, not with the literature.
+- **Wide is also Hopper, and large.** ope-hopper-replay has 360,658 rows, the others about 9,000:
+  after 25,000 steps the new rows are 6.5 % of its appended buffer, but 74 % of theirs.
+- **TD3-C** has constants that were chosen before, on one narrow Hopper agent with half replay; its
+  D is measured on the batch, with appended replay mostly on old rows.
+- **Between families** more differs than the algorithm: SAC, WSRL and Cal-QL carry their optimisers
+  over the switch; IQL's policy, whose rate has decayed to 0 by then, has a constant one after it.
+- **SAC's KL bound** holds the temperature, too, and bounds the distance from the offline policy
+  where TD3-C bounds the pace; its price begins high, so that its first evaluations are almost the
+  offline agent's, and its limit goes on to rise, to some 1 nat at the end.
+- **WSRL** has two plain critics, not its ten with LayerNorm, and agents of this CQL; it does not
+  learn before step 5,000, so that two of its ten evaluations are the offline agent's, and then
+  makes four critic updates a step.
+- **The agents of CQL and Cal-QL on hopper-medium-replay** are not those of the records of that
+  name, from which matrix.toml's runs go on: the same commands made them, with later versions of the
+  scripts.
+- **A run that was stopped** because a loss was not finite has no row here, which flatters what
+  breaks."""
 CAPTION = """The switch is at 0, where each curve begins at the offline score. Mean over seeds, and
 from the smallest to the largest of them: solid, half of every batch from the dataset; dashed, new
 transitions only; dotted, all rows equally likely. Above, the agents of TD3+BC; below, those of CQL
