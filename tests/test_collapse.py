@@ -105,11 +105,12 @@ def put(folder, trial, scores, steps, ended="finished"):
         "starts": [{"git_commit": "0" * 40, "script_sha256": "0" * 64}],
         "curve": {"phase": ["online"] * len(steps), "step": list(map(float, steps)),
                   "distance_to_offline": [0.1] * (len(steps) - 1) + [0.5 + seed / 10],
-                  "constraint": [None] + [1e-4 * (2 + seed)] * (len(steps) - 2) + [5e-4],
-                  "multiplier": [None] + [1.0] * (len(steps) - 2) + [7.0],
                   "seed": [seed] * len(steps), "return": scores, "score": scores,
                   "updates_per_second": [1.0] * len(steps)},
     }  # fmt: skip
+    if script == "td3_c.py":  # the others have no such columns
+        record["curve"] |= {"constraint": [None] + [1e-4 * (2 + seed)] * (len(steps) - 2) + [5e-4],
+                            "multiplier": [None] + [1.0] * (len(steps) - 2) + [7.0]}  # fmt: skip
     path = folder / "cpu" / f"{trial.name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record))
