@@ -95,7 +95,7 @@ class Config:
 
 MAZE = dict(expectile=0.9, beta=10.0, reward_shift=-1.0, eval_episodes=100, interval=50_000)
 PRESETS = {  # auto: the first whose name is in the dataset's or the environment's, else mujoco
-    "sac-medium-replay": dict(normalize_returns=True, offline_steps=100_000, online_steps=100_000),
+    "sac-medium-replay": dict(normalize_returns=True, offline_steps=50_000, online_steps=50_000),
     "antmaze": MAZE | dict(decay_actor_lr=False),
     "pointmaze": MAZE,
     "kitchen": dict(beta=0.5, dropout_rate=0.1),
@@ -197,10 +197,9 @@ def create_agent(key, observation, action, config):
     actor_params = actor.init(actor_key, observation)
     critic_params = critic.init(critic_key, observation, action)
     value_params = value.init(value_key, observation)
-    decay_steps = config.offline_steps if config.decay_actor_lr and not config.init_from else 0
-    decay = optax.cosine_decay_schedule(config.learning_rate, max(1, decay_steps))
-    constant = optax.constant_schedule(config.learning_rate)
-    actor_adam = optax.adam(optax.join_schedules([decay, constant], [decay_steps]))
+    steps = config.offline_steps if config.decay_actor_lr and not config.init_from else 0
+    decay = optax.cosine_decay_schedule(config.learning_rate, max(1, steps))
+    actor_adam = optax.adam(optax.join_schedules([decay, lambda _: config.learning_rate], [steps]))
     adam = optax.adam(config.learning_rate)
     return Agent(
         actor=TrainState.create(apply_fn=actor.apply, params=actor_params, tx=actor_adam),
@@ -371,7 +370,7 @@ def make_env(source):
 def load_dataset(config, data, env):
     """The dataset, a Batch of N rows (without --dataset of one row of zeros), and its source, for
     config.json: environment, units, reference returns, hash. collect.py checks more."""
-    high, metadata, digest, parts = env.action_space.high, {}, "", []
+    high, metadata, digest, parts, returns = env.action_space.high, {}, "", [], np.zeros(1)
     zeros = np.zeros((1, gym.spaces.flatdim(env.observation_space)))  # (1, O)
     rows = Batch(zeros, high[None] * 0, np.zeros(1), zeros, np.ones(1), np.ones(1))
     for episode in data.iterate_episodes() if data else ():
@@ -386,10 +385,11 @@ def load_dataset(config, data, env):
         metadata, digest = data.storage.metadata, hashlib.sha256(file.read_bytes()).hexdigest()
         if np.abs(rows.actions).max() <= 1 + 1e-3 and (high >= 1).all():
             high = np.ones_like(high)  # the data use this part of the box
+        returns = np.add.reduceat(rows.rewards, np.flatnonzero(np.append(1, rows.ends[:-1])))
+        print(f"{config.dataset}: {len(rows.ends):,} steps, mean return {returns.mean():.1f}")
     finite = all(np.isfinite(x).all() for x in jax.tree.leaves(rows))
     if not finite or rows.observations.shape[1] != zeros.shape[1]:
         raise SystemExit(f"{config.dataset}: bad rows, baselines/collect.py check says which")
-    returns = np.add.reduceat(rows.rewards, np.flatnonzero(np.append(1, rows.ends[:-1])))
     scale = config.reward_scale * (1000 / np.ptp(returns) if config.normalize_returns else 1)
     units = {"observations": (1.0, 0.0), "rewards": (scale, config.reward_shift), "actions": high}
     if config.normalize_observations:
@@ -401,8 +401,6 @@ def load_dataset(config, data, env):
         rewards=rescale(rows.rewards, *units["rewards"]),
         next_observations=rescale(rows.next_observations, *units["observations"]),
     )
-    if data:
-        print(f"{config.dataset}: {len(rows.ends):,} steps, mean return {returns.mean():.1f}")
     return rows, {
         "environment": env.spec.to_json(),
         "units": jax.tree.map(lambda x: np.asarray(x).tolist(), units),
@@ -519,6 +517,8 @@ def parse_config(arguments):
                 minari.MinariDataset(own) if own.exists() else minari.load_dataset(config.dataset)
             )
         env = gym.make(config.env_id) if config.env_id else data.recover_environment(eval_env=True)
+        if (env.action_space.low != -env.action_space.high).any():
+            raise ValueError("the box of its actions is not symmetric")
     except Exception as error:  # not here, not installed, damaged
         words = f"--dataset {config.dataset} --env-id {config.env_id}: {error}"
         raise SystemExit(f"{words} (`minari download ID`, or baselines/collect.py)") from None

@@ -362,7 +362,7 @@ def make_env(source):
 def load_dataset(config, data, env):
     """The dataset, a Batch of N rows (without --dataset of one row of zeros), and its source, for
     config.json: environment, units, reference returns, hash. collect.py checks more."""
-    high, metadata, digest, parts = env.action_space.high, {}, "", []
+    high, metadata, digest, parts, returns = env.action_space.high, {}, "", [], np.zeros(1)
     zeros = np.zeros((1, gym.spaces.flatdim(env.observation_space)))  # (1, O)
     rows = Batch(zeros, high[None] * 0, np.zeros(1), zeros, np.ones(1), np.ones(1))
     for episode in data.iterate_episodes() if data else ():
@@ -377,10 +377,11 @@ def load_dataset(config, data, env):
         metadata, digest = data.storage.metadata, hashlib.sha256(file.read_bytes()).hexdigest()
         if np.abs(rows.actions).max() <= 1 + 1e-3 and (high >= 1).all():
             high = np.ones_like(high)  # the data use this part of the box
+        returns = np.add.reduceat(rows.rewards, np.flatnonzero(np.append(1, rows.ends[:-1])))
+        print(f"{config.dataset}: {len(rows.ends):,} steps, mean return {returns.mean():.1f}")
     finite = all(np.isfinite(x).all() for x in jax.tree.leaves(rows))
     if not finite or rows.observations.shape[1] != zeros.shape[1]:
         raise SystemExit(f"{config.dataset}: bad rows, baselines/collect.py check says which")
-    returns = np.add.reduceat(rows.rewards, np.flatnonzero(np.append(1, rows.ends[:-1])))
     scale = config.reward_scale * (1000 / np.ptp(returns) if config.normalize_returns else 1)
     units = {"observations": (1.0, 0.0), "rewards": (scale, config.reward_shift), "actions": high}
     if config.normalize_observations:
@@ -392,8 +393,6 @@ def load_dataset(config, data, env):
         rewards=rescale(rows.rewards, *units["rewards"]),
         next_observations=rescale(rows.next_observations, *units["observations"]),
     )
-    if data:
-        print(f"{config.dataset}: {len(rows.ends):,} steps, mean return {returns.mean():.1f}")
     return rows, {
         "environment": env.spec.to_json(),
         "units": jax.tree.map(lambda x: np.asarray(x).tolist(), units),
@@ -510,6 +509,8 @@ def parse_config(arguments):
                 minari.MinariDataset(own) if own.exists() else minari.load_dataset(config.dataset)
             )
         env = gym.make(config.env_id) if config.env_id else data.recover_environment(eval_env=True)
+        if (env.action_space.low != -env.action_space.high).any():
+            raise ValueError("the box of its actions is not symmetric")
     except Exception as error:  # not here, not installed, damaged
         words = f"--dataset {config.dataset} --env-id {config.env_id}: {error}"
         raise SystemExit(f"{words} (`minari download ID`, or baselines/collect.py)") from None

@@ -1,5 +1,6 @@
 """What the tests share: scripts as modules, scripts as processes, a small dataset."""
 
+import csv
 import importlib.util
 import os
 import subprocess
@@ -7,16 +8,20 @@ import sys
 from pathlib import Path
 
 import gymnasium as gym
+import minari
 import numpy as np
 import pytest
+from minari.data_collector import EpisodeBuffer
 
 ROOT = Path(__file__).resolve().parent.parent
+WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Killed and resumed runs compile the same programs again. A folder per worker: what one writes the
 # other may not read in halves.
-CACHE = ROOT / ".pytest_cache" / "jax" / os.environ.get("PYTEST_XDIST_WORKER", "")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax" / WORKER))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
+TINY = ["--num-seeds", "2", "--eval-episodes", "2", "--batch-size", "16"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -48,81 +53,59 @@ def run_script(name, *arguments, cwd=None, timeout=120, **environment):
     return done.returncode, done.stdout, done.stderr
 
 
-def pendulum_rows(num_steps=2000, seed=0):
-    """`num_steps` of uniform actions in Pendulum-v1 as flat D4RL arrays (its box is [-2, 2])."""
+def read_metrics(folder):
+    """metrics.csv of a run as dictionaries, without what depends on the clock."""
+    with open(Path(folder, "metrics.csv"), newline="") as file:
+        rows = list(csv.DictReader(file))
+    clock = ("seconds", "updates_per_second")
+    return [{name: x for name, x in row.items() if name not in clock} for row in rows]
+
+
+def read_arrays(folder):
+    """{name: bytes} of a checkpoint, without the meta."""
+    with np.load(Path(folder, "checkpoint.npz")) as file:
+        return {name: file[name].tobytes() for name in file.files if name != "meta"}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def minari_folder(tmp_path_factory):
+    """Minari's folder for this session, empty at first: no test sees what the machine has."""
+    folder = tmp_path_factory.mktemp("minari")
+    os.environ["MINARI_DATASETS_PATH"] = str(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pendulum(minari_folder):
+    """Id of a dataset of ten episodes of uniform actions in Pendulum-v1, whose box is [-2, 2]."""
     env = gym.make("Pendulum-v1")
-    env.action_space.seed(seed)
-    names = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts")
-    rows = {name: [] for name in names}
-    observation, _ = env.reset(seed=seed)
-    for _ in range(num_steps):
-        action = env.action_space.sample()
-        next_observation, reward, terminated, truncated, _ = env.step(action)
-        step = (observation, action, reward, next_observation, terminated, truncated)
-        for name, value in zip(names, step, strict=True):
-            rows[name].append(value)
-        observation = env.reset()[0] if terminated or truncated else next_observation
-    return {name: np.array(values) for name, values in rows.items()}
+    env.action_space.seed(0)
+    episodes = []
+    for number in range(10):
+        observation, _ = env.reset(seed=number)
+        buffer = EpisodeBuffer(observations=observation)
+        ended = False
+        while not ended:
+            action = env.action_space.sample()
+            observation, reward, terminated, truncated, _ = env.step(action)
+            step = {"observation": observation, "action": action, "reward": reward, "info": {}}
+            step |= {"terminated": terminated, "truncated": truncated}
+            buffer = buffer.add_step_data(step)
+            ended = terminated or truncated
+        episodes.append(buffer)
+    with pytest.warns():  # Minari asks for authors
+        minari.create_dataset_from_buffers("pendulum/random-v0", env=env, buffer=episodes)
+    return "pendulum/random-v0"
 
 
-@pytest.fixture(scope="session")
-def pendulum(tmp_path_factory):
-    """Path of a flat .npz file of 2,000 Pendulum-v1 steps."""
-    path = tmp_path_factory.mktemp("data") / "pendulum.npz"
-    np.savez(path, **pendulum_rows())
-    return path
+def script_fixture(name):
+    return pytest.fixture(scope="session")(lambda: load_script(name))
 
 
-@pytest.fixture(scope="session")
-def iql():
-    return load_script("algorithms/iql.py")
-
-
-@pytest.fixture(scope="session")
-def sac():
-    return load_script("baselines/sac.py")
-
-
-@pytest.fixture(scope="session")
-def cql():
-    return load_script("algorithms/cql.py")
-
-
-@pytest.fixture(scope="session")
-def cal_ql():
-    return load_script("algorithms/cal_ql.py")
-
-
-@pytest.fixture(scope="session")
-def sac_finetune():
-    return load_script("algorithms/sac_finetune.py")
-
-
-@pytest.fixture(scope="session")
-def rlpd():
-    return load_script("baselines/rlpd.py")
-
-
-@pytest.fixture(scope="session")
-def bc():
-    return load_script("baselines/bc.py")
-
-
-@pytest.fixture(scope="session")
-def uni_o4():
-    return load_script("algorithms/uni_o4.py")
-
-
-@pytest.fixture(scope="session")
-def ppo():
-    return load_script("baselines/ppo.py")
-
-
-@pytest.fixture(scope="session")
-def td3_bc():
-    return load_script("baselines/td3_bc.py")
-
-
-@pytest.fixture(scope="session")
-def td3_c():
-    return load_script("algorithms/td3_c.py")
+iql, cql, cal_ql, sac_finetune, pa_rl, uni_o4, td3_c = (
+    script_fixture(f"algorithms/{name}.py")
+    for name in ("iql", "cql", "cal_ql", "sac_finetune", "pa_rl", "uni_o4", "td3_c")
+)
+bc, ppo, rlpd, sac, td3_bc = (
+    script_fixture(f"baselines/{name}.py") for name in ("bc", "ppo", "rlpd", "sac", "td3_bc")
+)
