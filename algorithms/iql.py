@@ -16,8 +16,8 @@ same three losses go on, one update per step.
     python algorithms/iql.py --dataset mujoco/hopper/medium-v0  # any Minari dataset on this machine
 
 Deviations from the authors' code (github.com/ikostrikov/implicit_q_learning):
- 1. The policy's learning rate decays over --offline-steps, not a fixed million, as in their
-    offline configs, and is constant online; in antmaze it is constant throughout, as theirs is.
+ 1. The policy's learning rate decays over --offline-steps, not a fixed million, and once more
+    online, where theirs is constant; in antmaze ours is, too, as in their fine-tuning config.
  2. The reward scale also serves online; theirs is dropped there, so that fine-tuning on locomotion
     does not work (their issue #4). Fine-tuning outside antmaze, and PointMaze, are ours.
  3. Adroit uses the paper's expectile 0.7, beta 0.5; CORL reports better results with 0.8 and 3.
@@ -90,7 +90,7 @@ class Config:
     max_weight: float = 100.0  # the weights are clipped here
     num_critics: int = 2  # Q-functions; the minimum counts
     dropout_rate: float = 0.0  # in the policy
-    decay_actor_lr: bool = True  # cosine to 0 over offline_steps; online it is constant
+    decay_actor_lr: bool = True  # cosine to 0 over offline_steps, and again over online_steps
 
 
 MAZE = dict(expectile=0.9, beta=10.0, reward_shift=-1.0, eval_episodes=100, interval=50_000)
@@ -197,10 +197,10 @@ def create_agent(key, observation, action, config):
     actor_params = actor.init(actor_key, observation)
     critic_params = critic.init(critic_key, observation, action)
     value_params = value.init(value_key, observation)
-    steps = config.offline_steps if config.decay_actor_lr and not config.init_from else 0
-    decay = optax.cosine_decay_schedule(config.learning_rate, max(1, steps))
-    actor_adam = optax.adam(optax.join_schedules([decay, lambda _: config.learning_rate], [steps]))
-    adam = optax.adam(config.learning_rate)
+    rate, end = config.learning_rate, 0.0 if config.decay_actor_lr else 1.0
+    updates = config.offline_steps, config.online_steps
+    rates = [optax.cosine_decay_schedule(rate, max(1, count), end) for count in updates]
+    actor_adam, adam = optax.adam(optax.join_schedules(rates, updates[:1])), optax.adam(rate)
     return Agent(
         actor=TrainState.create(apply_fn=actor.apply, params=actor_params, tx=actor_adam),
         critic=TrainState.create(apply_fn=critic.apply, params=critic_params, tx=adam),
