@@ -1,83 +1,42 @@
 """Calibrated Q-learning (Cal-QL): CQL that does not unlearn its policy at the switch.
 
 CQL pushes the Q-values of the policy's actions down, often far below what the dataset's behaviour
-really earns. Online, mediocre actions then look better than the learnt ones, and the policy is
-unlearnt before it improves. Cal-QL pushes the policy's actions no lower than the Monte-Carlo
-return of the data from the same state: one maximum, and the rest is CQL, offline and online.
+really earns. Online, mediocre actions then look better than the learnt ones, which are unlearnt.
+Cal-QL pushes the policy's actions no lower than the Monte-Carlo return of the data from the same
+state: one maximum, the rest is CQL.
 
-    Nakamoto, Zhai et al.: Cal-QL: Calibrated Offline RL Pre-Training for Efficient Online
-    Fine-Tuning, arXiv 2303.05479
+    Nakamoto, Zhai et al.: Cal-QL: Calibrated Offline RL Pre-Training ..., arXiv 2303.05479
 
-    critic       L_Q     = sum_i E[ (r + discount * V(s') - Q_i(s, a))^2 ] + cql_alpha * D_i
-                 V(s')   = max_j min_i Qtarget_i(s', a'_j), a'_j ~ pi(s'), j = 1 ... backup_actions
-    difference   D_i     = E[ logsumexp_j (Q_i(s, a_j) - log p(a_j)) - Q_i(s, a) ], a_j from the
-                 uniform density, pi(s') and pi(s), num_actions of each, with
-                 max(Q_i(s, a_j), Monte-Carlo return(s)) in place of Q_i for those of pi; in
-                 kitchen without log p, and with Q_i(s, a) among them
-    multiplier   L_mult  = -E[ multiplier * cql_alpha * (D - gap) ], and then L_Q has
-                 multiplier * cql_alpha * (D_i - gap) in place of cql_alpha * D_i
-    actor        L_pi    = E[ temperature * log pi(a | s) - min_i Q_i(s, a) ], a ~ pi(s)
-    temperature  L_alpha = -temperature * E[ log pi(a | s) + target_entropy ]
+    D_i = E[ logsumexp_j (Q_i(s, a_j) - log p(a_j)) - Q_i(s, a) ], with max(Q_i, Monte-Carlo return
+          of s) in place of Q_i for the a_j of the policy; all else is in cql.py's docstring
 
     python algorithms/cal_ql.py                                    # the dataset in this repository
-    python algorithms/cal_ql.py --dataset mujoco/hopper/medium-v0  # any Minari id, or a flat file
+    python algorithms/cal_ql.py --dataset mujoco/hopper/medium-v0  # any dataset on this machine
 
 Deviations from the authors' code (github.com/nakamotoo/Cal-QL):
- 1. Online, the first 1,000 steps are the frozen policy's, and then every step has one update; the
-    authors' have none but after a trajectory, and then as many as it has steps. An unfinished
-    episode's return is unknown and bounds nothing. The last row of a trajectory that was cut off
-    stays where its next observation is known.
- 2. The temperature's loss is linear in the temperature, not in its logarithm, as in sac.py.
- 3. Output layers are initialised like hidden ones, not with 1e-2.
- 4. Locomotion, where the paper has no setting, and Adroit (D4RL's dense tasks, not the paper's
-    binary ones) take CORL's of CQL; PointMaze is ours. CORL clips the difference at -200 in
-    antmaze, too (--difference-min), and ends the calibration at the switch; here as in the
-    authors' code it stays, with the real returns. Kitchen does not end at its fourth subtask. The
-    short default run has two layers, not CORL's three.
+ 1. The temperature's loss is linear in it, not in its logarithm; output layers start like hidden
+    ones, not with 1e-2; the last row of an episode that was cut off stays.
+ 2. Online, after 1,000 steps of the frozen policy, every step has one update, not every episode as
+    many as its steps; the return of an episode in play is unknown and bounds nothing. Rounds begin
+    with fresh episodes; the last are cut off as by a time limit, and so are their returns.
+ 3. Locomotion and D4RL's dense Adroit have CORL's settings of CQL (but CORL ends the calibration at
+    the switch); Kitchen goes on after its fourth subtask, with raw rewards; PointMaze is ours.
 """
 
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#   "jax==0.10.2",
-#   "flax==0.12.8",
-#   "optax==0.2.8",
-#   "distrax==0.1.9",
-#   "tfp-nightly==0.26.0.dev20261027",
-#   "chex==0.1.92",
-#   "numpy==2.4.6",
-#   "scipy==1.17.1",
-#   "gymnasium[mujoco]==1.4.0",
-#   "mujoco==3.11.0",
-#   "minari[hdf5,hf]==0.5.4",
-#   "h5py==3.16.0",
-#   "huggingface-hub==2.4.0",
-#   "tyro==1.0.16",
-#   "tqdm==4.70.1",
-#   "matplotlib==3.11.2",
-#   "imageio[ffmpeg]==2.38.1",
-#   "imageio-ffmpeg==0.8.1",
+#   "jax==0.10.2", "flax==0.12.8", "optax==0.2.8", "distrax==0.1.9", "numpy==2.4.6",
+#   "tfp-nightly==0.26.0.dev20261027", "gymnasium[mujoco]==1.4.0", "gymnasium-robotics==1.4.2",
+#   "mujoco==3.11.0", "minari[hdf5,hf]==0.5.4", "tyro==1.0.16", "tqdm==4.70.1",
 # ]
 # ///
-import contextlib
 import csv
 import dataclasses
-import difflib
-import fcntl
 import hashlib
-import importlib.metadata
-import importlib.util
 import json
-import logging
-import math
 import os
-import platform
-import resource
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -86,7 +45,6 @@ import distrax
 import flax
 import flax.linen as nn
 import gymnasium as gym
-import h5py
 import jax
 import jax.numpy as jnp
 import minari
@@ -96,51 +54,43 @@ import tyro
 from flax.training.train_state import TrainState
 from tqdm import tqdm
 
+
 # ---------------------------------------------------------------------------------------- Config
-
-
 @dataclasses.dataclass(frozen=True)
 class Config:
     # Run
     seed: int = 0  # the first seed
     num_seeds: int = 1  # seeds trained side by side: seed, seed + 1, ...
-    preset: str = "auto"  # settings of a domain, see PRESETS; auto: from the environment
+    preset: str = "auto"  # settings of a domain, see PRESETS; auto: from dataset and environment
+    dataset: str = "hopper/sac-medium-replay-v0"  # Minari id, on this machine
+    env_id: str = ""  # Gymnasium id; default: the dataset's evaluation environment
     offline_steps: int = 1_000_000  # updates on the dataset
     online_steps: int = 1_000_000  # environment steps after that, per seed
-    eval_interval: int = 5_000  # updates (offline) or environment steps (online)
+    interval: int = 10_000  # updates or environment steps per round: train, evaluate, save
     eval_episodes: int = 10  # per evaluation and seed
-    log_interval: int = 1_000  # updates or environment steps per row of metrics.csv
-    run_dir: str | None = None  # folder of this run; default: runs/<script>/<dataset>/<name>
-    resume: str | None = None  # folder of a run to go on with (a new run where there is none)
-    init_from: str | None = None  # checkpoint or run folder: skip the offline phase, start from it
-    eval_only: str | None = None  # checkpoint or run folder: evaluate it and stop
-    video: bool = False  # film one episode at the end: video.mp4
+    run_dir: str = ""  # folder of this run; default: runs/<script>/<dataset>/seed<seed>
+    init_from: str = ""  # folder of a finished run: skip all but the last phase, use its agents
     wandb: bool = False  # also log to Weights & Biases
-    # Data
-    dataset: str | None = None  # Minari id, folder or file; default: --init-from's, else the repo's
-    env_id: str | None = None  # Gymnasium id; needed with a flat file, else the dataset's
+    # Data and optimisation
     normalize_observations: bool = False  # by the dataset's mean and standard deviation
     normalize_returns: bool = False  # rewards times 1000 / (max - min return in the dataset)
     reward_scale: float = 1.0  # r <- reward_scale * r + reward_shift, after the above
     reward_shift: float = 0.0  # see reward_scale
-    # Optimisation
     batch_size: int = 256  # transitions per update
     discount: float = 0.99  # per step
     tau: float = 0.005  # target critic: fraction of the new critic per update
-    buffer_size: int = 1_000_000  # online transitions kept, per seed
-    hidden_dims: tuple[int, ...] = (256, 256)  # widths of the policy
-    critic_hidden_dims: tuple[int, ...] = (256, 256)  # widths of the critics
-    learning_rate: float = 3e-4  # Adam, critics and multiplier
-    policy_learning_rate: float = 1e-4  # Adam, policy and temperature
-    utd_ratio: int = 1  # updates per environment step
+    buffer_size: int = 1_000_000  # online transitions kept, per seed; the oldest go first
+    hidden_dims: tuple[int, ...] = (256, 256)  # widths of every network
+    critic_hidden_dims: tuple[int, ...] = (256, 256)  # but of the critics these
+    learning_rate: float = 3e-4  # Adam, every network
+    policy_learning_rate: float = 1e-4  # but for policy and temperature this
     warmup_steps: int = 1_000  # environment steps before the first online update
-    # SAC
-    num_critics: int = 2  # Q-functions
-    target_critics: int = 2  # of them, drawn anew for every target: their minimum counts
+    offline_ratio: float = 0.5  # of every online batch, from the dataset
+    # SAC and CQL
+    num_critics: int = 2  # Q-functions; the minimum counts
+    target_critics: int = 2  # so many of them, drawn anew, in every target
     layer_norm: bool = False  # in critics and policy
     entropy_per_action: float = -1.0  # target entropy (nats) per action dimension
-    # CQL
-    offline_ratio: float = 0.5  # of every online batch; negative: all rows equally likely
     cql_alpha: float = 5.0  # weight of the difference
     lagrange: bool = False  # learn a multiplier that holds the difference at target_gap
     target_gap: float = 0.8  # of the difference, with --lagrange
@@ -148,77 +98,41 @@ class Config:
     micro_batches: int = 8  # parts of a batch, one after the other; 8 suit a CPU, 1 a GPU
     backup_actions: int = 1  # next actions, of which the best counts
     importance_sampling: bool = True  # no: the data's action joins the sampled ones, unweighted
-    difference_min: float = -1e9  # the difference of a state and action is clipped to this
-    difference_max: float = 1e9  # see difference_min
+    difference_min: float = -1e9  # the difference of a state and action is clipped from below
     return_rule: Literal["finite", "infinite", "sparse"] = "finite"  # see monte_carlo_returns
     failure_reward: float = 0.0  # of a step without success, in the environment's units
 
 
-PRESETS = {
-    "mujoco": dict(
-        cql_alpha=10.0, hidden_dims=(256,) * 3, critic_hidden_dims=(256,) * 3,
-        policy_learning_rate=3e-5, normalize_observations=True,
-    ),
-    "antmaze": dict(
-        cql_alpha=5.0, lagrange=True, target_gap=0.8, backup_actions=10, reward_scale=10.0,
-        reward_shift=-5.0, critic_hidden_dims=(256,) * 4, return_rule="sparse",
-        eval_episodes=100, eval_interval=50_000,
-    ),
-    "kitchen": dict(
-        cql_alpha=5.0, importance_sampling=False, backup_actions=10, offline_ratio=0.25,
-        hidden_dims=(512,) * 3, critic_hidden_dims=(512,) * 3, return_rule="infinite",
-        offline_steps=500_000, online_steps=1_500_000,
-    ),
-    "adroit": dict(
-        cql_alpha=1.0, backup_actions=10, difference_min=-200.0, hidden_dims=(256,) * 3,
-        critic_hidden_dims=(256,) * 3,
-    ),
+THREE_LAYERS = dict(hidden_dims=(256,) * 3, critic_hidden_dims=(256,) * 3)
+MUJOCO_CQL = dict(cql_alpha=10.0, policy_learning_rate=3e-5, normalize_observations=True)
+MAZE = dict(lagrange=True, backup_actions=10, critic_hidden_dims=(256,) * 4, return_rule="sparse")
+MAZE |= dict(reward_scale=10.0, reward_shift=-5.0, eval_episodes=100, interval=50_000)
+KITCHEN = dict(importance_sampling=False, backup_actions=10, return_rule="infinite")
+KITCHEN |= dict(hidden_dims=(512,) * 3, critic_hidden_dims=(512,) * 3, offline_ratio=0.25)
+PRESETS = {  # auto: the first whose name is in the dataset's or the environment's, else mujoco
+    "sac-medium-replay": MUJOCO_CQL | dict(offline_steps=10**4, online_steps=10**4, interval=2000),
+    "antmaze": MAZE,
+    "pointmaze": MAZE,
+    "kitchen": KITCHEN | dict(offline_steps=500_000, online_steps=1_500_000),
+    "adroit": THREE_LAYERS | dict(cql_alpha=1.0, backup_actions=10, difference_min=-200.0),
+    "mujoco": THREE_LAYERS | MUJOCO_CQL,
 }
-PRESETS["pointmaze"] = PRESETS["antmaze"]
-# A short budget for the repository's own dataset, and one for a look at whether all parts run.
-PRESETS["default"] = PRESETS["mujoco"] | dict(
-    hidden_dims=(256, 256), critic_hidden_dims=(256, 256), offline_steps=10_000,
-    online_steps=10_000, eval_interval=2_000,
-)
-PRESETS["smoke"] = PRESETS["mujoco"] | dict(
-    offline_steps=200, online_steps=200, warmup_steps=50, eval_interval=100, eval_episodes=1,
-    log_interval=50, batch_size=32, hidden_dims=(32, 32), critic_hidden_dims=(32, 32),
-    num_actions=4,
-)
-
-RANGES = {  # smallest and largest accepted value
-    "num_seeds": (1, 4096), "offline_steps": (0, 10**9), "online_steps": (0, 10**9),
-    "eval_interval": (1, 10**9), "eval_episodes": (1, 10**4), "log_interval": (1, 10**9),
-    "batch_size": (1, 10**6), "discount": (0.0, 0.999999), "tau": (0.0, 1.0),
-    "utd_ratio": (1, 1000), "learning_rate": (0.0, 1.0), "policy_learning_rate": (0.0, 1.0),
-    "num_critics": (1, 100), "target_critics": (1, 100), "seed": (0, 2**31 - 1),
-    "buffer_size": (1, 10**9), "warmup_steps": (0, 10**9), "reward_scale": (-1e9, 1e9),
-    "reward_shift": (-1e9, 1e9), "offline_ratio": (-1.0, 1.0), "cql_alpha": (0.0, 1e6),
-    "target_gap": (-1e6, 1e6), "num_actions": (1, 1000), "backup_actions": (1, 1000),
-    "micro_batches": (1, 10**6),
-}
-
-INIT_FROM = ("cql", "cal_ql")  # scripts whose checkpoints --init-from takes
-
-METRICS = {  # every column of metrics.csv that is the algorithm's own, with its healthy range
-    "critic_loss": "TD part: squared error, summed over critics; bounded, may grow with q",
+INIT_FROM = ("cql", "cal_ql")  # scripts whose agents --init-from takes
+METRICS = {  # the algorithm's own columns of metrics.csv, with their healthy range
+    "critic_loss": "squared TD error, summed over critics; bounded, may grow with q",
     "difference": "soft maximum of Q minus Q of the data; falls, online it may rise for a while",
     "multiplier": "of the difference (1 without --lagrange); rises while it is above target_gap",
     "q": "mean Q of the batch; below the discounted return, never far above",
-    "below_return": "share of the policy's actions whose Q is below the Monte-Carlo return: lifted "
-    "to it, without gradient",
+    "below_return": "share of the policy's actions with Q below the Monte-Carlo return: lifted",
     "actor_loss": "temperature * log pi - Q; falls as q rises",
     "entropy": "-log pi of the policy's own actions (nats); settles at the target entropy",
-    "temperature_loss": "near 0 once the entropy is at its target",
     "temperature": "price of a nat of entropy; from 1 to where the entropy is at its target",
 }
 
-# --------------------------------------------------------------------- Networks and distributions
 
-
+# ---------------------------------------------------------------------------- Networks and agent
 def orthogonal(key, shape, dtype=jnp.float32):
-    """Orthogonal initialisation with gain sqrt(2). Under vmap one matrix after the other: XLA's
-    batched QR can wait for itself for ever where there are few cores."""
+    """Orthogonal, gain sqrt(2); under vmap in turn, for XLA's batched QR can hang on few cores."""
     draw = partial(nn.initializers.orthogonal(2**0.5), shape=shape, dtype=dtype)
     return jax.custom_batching.sequential_vmap(draw)(key)
 
@@ -229,7 +143,7 @@ class MLP(nn.Module):
     hidden_dims: tuple[int, ...]
     dropout_rate: float = 0.0
     layer_norm: bool = False
-    activation: Callable = nn.relu
+    activation: Any = nn.relu
 
     @nn.compact
     def __call__(self, x, training=False):
@@ -241,53 +155,29 @@ class MLP(nn.Module):
         return x
 
 
-class ScalarHead(nn.Module):
-    """A linear layer with one output: (..., F) -> (...).
+class Value(nn.Module):
+    """A scalar function of its inputs, V(s) or Q(s, a): (B, F), ... -> (B,)."""
 
-    Written as multiply-and-sum: on a CPU the gradient of a matmul with one column is slow.
-    """
+    hidden_dims: tuple[int, ...]
+    layer_norm: bool = False
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, *inputs):
+        mlp = MLP(self.hidden_dims, layer_norm=self.layer_norm)
+        x = mlp(jnp.concatenate(inputs, axis=-1))  # (B, H)
         kernel = self.param("kernel", orthogonal, (x.shape[-1], 1))
         bias = self.param("bias", nn.initializers.zeros, ())
-        return (x * kernel[:, 0]).sum(axis=-1) + bias  # (...)
+        return (x * kernel[:, 0]).sum(axis=-1) + bias  # a matmul with one column is slow on a CPU
 
 
-class Critic(nn.Module):
-    """One Q-function: (B, O), (B, A) -> (B,)."""
-
-    hidden_dims: tuple[int, ...]
-    layer_norm: bool = False
-
-    @nn.compact
-    def __call__(self, observations, actions):
-        inputs = jnp.concatenate([observations, actions], axis=-1)  # (B, O + A)
-        return ScalarHead()(MLP(self.hidden_dims, layer_norm=self.layer_norm)(inputs))  # (B,)
-
-
-class CriticEnsemble(nn.Module):
-    """`num_critics` Q-functions with their own parameters: (B, O), (B, A) -> (N, B)."""
-
-    hidden_dims: tuple[int, ...]
-    num_critics: int
-    layer_norm: bool = False
-
-    @nn.compact
-    def __call__(self, observations, actions):
-        ensemble = nn.vmap(
-            Critic,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
-            in_axes=None,
-            axis_size=self.num_critics,
-        )
-        return ensemble(self.hidden_dims, self.layer_norm)(observations, actions)  # (N, B)
+def ensemble(network, size):
+    """`size` networks of a class, each with its own parameters: their outputs are (N, ...)."""
+    axes = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "in_axes": None}
+    return nn.vmap(network, axis_size=size, **axes)
 
 
 class ScaledTanhGaussianPolicy(nn.Module):
-    """pi: (B, O) -> a diagonal Gaussian, squashed by tanh, over actions (B, A). Two learnt scalars
-    scale and shift the log-std; the shift makes a new policy narrow."""
+    """pi: (B, O) -> a diagonal Gaussian, squashed by tanh, over actions (B, A); narrow at first."""
 
     hidden_dims: tuple[int, ...]
     action_dim: int
@@ -305,30 +195,14 @@ class ScaledTanhGaussianPolicy(nn.Module):
         return distrax.Transformed(gaussian, distrax.Block(distrax.Tanh(), 1))
 
 
-class Temperature(nn.Module):
-    """The price of a nat of entropy, a positive scalar."""
-
-    @nn.compact
-    def __call__(self):
-        return jnp.exp(self.param("log_temperature", nn.initializers.zeros, ()))
-
-
-class Multiplier(nn.Module):
-    """The Lagrange multiplier of the difference, a positive scalar, e at the start."""
-
-    @nn.compact
-    def __call__(self):
-        log_multiplier = self.param("log_multiplier", nn.initializers.ones, ())
-        return jnp.minimum(jnp.exp(log_multiplier), 1e6)
-
-
-# ------------------------------------------------------------------------------------ Agent state
+def from_log(params):
+    """A positive scalar: the temperature, or the multiplier, which has this upper limit."""
+    return jnp.minimum(jnp.exp(params["log"]), 1e6)
 
 
 @flax.struct.dataclass
-class AgentState:
-    """All that training changes in one agent. Outside the losses every array has a leading axis
-    of seeds, (S, ...)."""
+class Agent:
+    """All that training changes. Outside the losses with a leading axis of seeds, (S, ...)."""
 
     actor: TrainState
     critic: TrainState
@@ -338,136 +212,103 @@ class AgentState:
     key: jax.Array
 
 
-def create_agent_state(key, observation_dim, action_dim, config):
-    """A fresh agent for one seed, from its random key (2,)."""
-    key, actor_key, critic_key, temperature_key = jax.random.split(key, 4)
-    observations = jnp.zeros((1, observation_dim))  # (1, O)
-    actions = jnp.zeros((1, action_dim))  # (1, A)
-    actor = ScaledTanhGaussianPolicy(config.hidden_dims, action_dim, config.layer_norm)
-    critic = CriticEnsemble(config.critic_hidden_dims, config.num_critics, config.layer_norm)
-    temperature, multiplier = Temperature(), Multiplier()
-    critic_params = critic.init(critic_key, observations, actions)
-    adam, policy_adam = optax.adam(config.learning_rate), optax.adam(config.policy_learning_rate)
-    return AgentState(
-        actor=TrainState.create(
-            apply_fn=actor.apply, params=actor.init(actor_key, observations), tx=policy_adam
-        ),
+def create_agent(key, observation, action, config):
+    """A fresh agent from its random key (2,), an observation (1, O) and an action (1, A)."""
+    key, actor_key, critic_key, _ = jax.random.split(key, 4)
+    actor = ScaledTanhGaussianPolicy(config.hidden_dims, action.shape[1], config.layer_norm)
+    critic = ensemble(Value, config.num_critics)(config.critic_hidden_dims, config.layer_norm)
+    actor_params = actor.init(actor_key, observation)
+    critic_params = critic.init(critic_key, observation, action)
+    zero, one = {"log": jnp.float32(0.0)}, {"log": jnp.float32(1.0)}
+    policy_adam, adam = optax.adam(config.policy_learning_rate), optax.adam(config.learning_rate)
+    return Agent(
+        actor=TrainState.create(apply_fn=actor.apply, params=actor_params, tx=policy_adam),
         critic=TrainState.create(apply_fn=critic.apply, params=critic_params, tx=adam),
-        temperature=TrainState.create(
-            apply_fn=temperature.apply, params=temperature.init(temperature_key), tx=policy_adam
-        ),
-        multiplier=TrainState.create(
-            apply_fn=multiplier.apply, params=multiplier.init(temperature_key), tx=adam
-        ),
+        temperature=TrainState.create(apply_fn=from_log, params=zero, tx=policy_adam),
+        multiplier=TrainState.create(apply_fn=from_log, params=one, tx=adam),
         target_critic_params=jax.tree.map(jnp.copy, critic_params),
         key=key,
     )
 
 
-# ----------------------------------------------------------------------------------------- Losses
-# Each takes first the parameters it differentiates, and returns (loss, metrics).
-
-
-def policy_actions(state, observations, key, num_actions):
-    """Actions (M, B, A) of the policy in observations (B, O), and their log-densities (M, B)."""
-    policy = state.actor.apply_fn(state.actor.params, observations)
-    return policy.sample_and_log_prob(seed=key, sample_shape=(num_actions,))
-
-
-def q_values(state, params, observations, actions):
-    """Q (N, M, B) of M actions (M, B, A) per observation (B, O)."""
-    observations = jnp.broadcast_to(observations, (len(actions), *observations.shape))  # (M, B, O)
-    rows = (x.reshape(-1, x.shape[-1]) for x in (observations, actions))  # (M * B, ...), faster
-    return state.critic.apply_fn(params, *rows).reshape(-1, *actions.shape[:2])
-
-
-def random_subset(q, key, config):
-    """`target_critics` members (K, ...) of an ensemble's values (N, ...), without replacement."""
-    if config.target_critics >= len(q):
-        return q
-    return q[jax.random.choice(key, len(q), (config.target_critics,), replace=False)]
-
-
-def target_values(state, batch, key, config):
-    """The backup's targets (B,): of several next actions the one with the largest min_i Q_i."""
-    action_key, subset_key = jax.random.split(key)
-    actions, _ = policy_actions(state, batch.next_observations, action_key, config.backup_actions)
-    q = q_values(state, state.target_critic_params, batch.next_observations, actions)  # (N, M, B)
-    q = random_subset(q, subset_key, config)  # (K, M, B)
-    next_v = q.min(axis=0).max(axis=0)  # (B,)
-    return batch.rewards + config.discount * batch.masks * next_v  # (B,)
-
-
-def conservative_difference(params, state, batch, data_q, key, config):
-    """The difference D (N,), CQL(H)'s: a soft maximum of Q over actions, minus Q of the data; but
-    the policy's actions count no less than the Monte-Carlo return, so that nothing is gained by
-    pushing them below it.
-
-    All actions are judged in the same state, those of the policy in the next one, too. data_q:
-    (N, B). From the authors' code only: the three sources, and the clip.
-    """
-    uniform_key, next_key, policy_key = jax.random.split(key, 3)
-    shape = config.num_actions, *batch.actions.shape
-    uniform = jax.random.uniform(uniform_key, shape, minval=-1.0, maxval=1.0)  # (M, B, A)
-    following, following_log_prob = policy_actions(
-        state, batch.next_observations, next_key, config.num_actions
-    )  # (M, B, A), (M, B)
-    own, own_log_prob = policy_actions(state, batch.observations, policy_key, config.num_actions)
-    actions = jnp.concatenate([uniform, following, own])  # (3 M, B, A)
-    q = q_values(state, params, batch.observations, actions)  # (N, 3 M, B)
-    below = q[:, config.num_actions :] < batch.mc_returns  # (N, 2 M, B)
-    q = q.at[:, config.num_actions :].max(batch.mc_returns)  # the uniform ones are not bounded
-    if config.importance_sampling:
-        uniform_log_prob = jnp.full(shape[:2], -jnp.log(2.0) * shape[2])  # (M, B)
-        log_prob = jnp.concatenate([uniform_log_prob, following_log_prob, own_log_prob])  # (3 M, B)
-        q = q - log_prob  # (N, 3 M, B)
-    else:
-        q = jnp.concatenate([q, data_q[:, None]], axis=1)  # (N, 3 M + 1, B)
-    difference = jax.nn.logsumexp(q, axis=1) - data_q  # (N, B)
-    difference = jnp.clip(difference, config.difference_min, config.difference_max)  # (N, B)
-    return difference.mean(axis=1), below.mean()
-
-
-def critic_loss(params, state, batch, key, config):
-    """Bellman error plus the weighted difference, summed over the critics."""
-    target_key, difference_key = jax.random.split(key)
-    target_q = target_values(state, batch, target_key, config)  # (B,)
-    q = state.critic.apply_fn(params, batch.observations, batch.actions)  # (N, B)
-    td_loss = ((q - target_q[None]) ** 2).mean(axis=1).sum()
-    difference, below = conservative_difference(params, state, batch, q, difference_key, config)
-    multiplier, gap = 1.0, 0.0
-    if config.lagrange:
-        multiplier, gap = state.multiplier.apply_fn(state.multiplier.params), config.target_gap
-    loss = td_loss + multiplier * config.cql_alpha * (difference - gap).sum()
-    info = {"critic_loss": td_loss, "q": q.mean(), "difference": difference.mean()}
-    return loss, info | {"below_return": below, "multiplier": jnp.asarray(multiplier)}
-
-
-def multiplier_loss(params, state, difference, config):
-    """The multiplier rises while the difference is above its target gap, and falls below it."""
-    multiplier = state.multiplier.apply_fn(params)  # ()
-    return -multiplier * config.cql_alpha * (difference - config.target_gap), {}
-
-
-def actor_loss(params, state, batch, key, config):
+# ------------------------------------------------------------------------------ Losses and update
+# A loss takes first the parameters it differentiates, and returns (loss, metrics).
+def actor_loss(params, agent, batch, key, config):
     """The policy ascends min Q and its entropy, through one reparameterised action."""
-    policy = state.actor.apply_fn(params, batch.observations)
+    policy = agent.actor.apply_fn(params, batch.observations)
     actions, log_prob = policy.sample_and_log_prob(seed=key)  # (B, A), (B,)
-    q = state.critic.apply_fn(state.critic.params, batch.observations, actions)  # (N, B)
-    temperature = state.temperature.apply_fn(state.temperature.params)  # ()
+    q = agent.critic.apply_fn(agent.critic.params, batch.observations, actions)  # (N, B)
+    temperature = agent.temperature.apply_fn(agent.temperature.params)  # ()
     loss = (temperature * log_prob - q.min(axis=0)).mean()
     return loss, {"actor_loss": loss, "entropy": -log_prob.mean()}
 
 
-def temperature_loss(params, state, entropy, action_dim, config):
+def temperature_loss(params, agent, entropy, action_dim, config):
     """The temperature rises while the entropy is below its target, and falls above it."""
-    temperature = state.temperature.apply_fn(params)  # ()
-    target_entropy = config.entropy_per_action * action_dim
-    loss = temperature * (entropy - target_entropy)
+    temperature = agent.temperature.apply_fn(params)  # ()
+    loss = temperature * (entropy - config.entropy_per_action * action_dim)
     return loss, {"temperature_loss": loss, "temperature": temperature}
 
 
-# ----------------------------------------------------------------------------------------- Update
+def policy_actions(agent, observations, key, num_actions):
+    """Actions (M, B, A) of the policy in observations (B, O), and their log-densities (M, B)."""
+    policy = agent.actor.apply_fn(agent.actor.params, observations)
+    return policy.sample_and_log_prob(seed=key, sample_shape=(num_actions,))
+
+
+def q_values(agent, params, observations, actions):
+    """Q (N, M, B) of M actions (M, B, A) per observation (B, O)."""
+    observations = jnp.broadcast_to(observations, (len(actions), *observations.shape))  # (M, B, O)
+    rows = (x.reshape(-1, x.shape[-1]) for x in (observations, actions))  # (M * B, ...), faster
+    return agent.critic.apply_fn(params, *rows).reshape(-1, *actions.shape[:2])
+
+
+def conservative_difference(params, agent, batch, data_q, key, config):
+    """The difference D (N,), CQL(H)'s: a soft maximum of Q over actions, minus Q of the data.
+    All actions are judged in the same state, those of the policy in the next one, too; but the
+    policy's count no less than the Monte-Carlo return: nothing is gained by pushing them lower."""
+    uniform_key, next_key, policy_key = jax.random.split(key, 3)
+    shape = config.num_actions, *batch.actions.shape
+    draw = jax.random.uniform(uniform_key, shape, minval=-1.0, maxval=1.0)  # (M, B, A)
+    uniform = draw, jnp.full(shape[:2], -jnp.log(2.0) * shape[2])  # (M, B, A), (M, B)
+    following = policy_actions(agent, batch.next_observations, next_key, config.num_actions)
+    own = policy_actions(agent, batch.observations, policy_key, config.num_actions)
+    actions, log_prob = map(jnp.concatenate, zip(uniform, following, own, strict=True))
+    q = q_values(agent, params, batch.observations, actions)  # (N, 3 M, B)
+    below = q[:, config.num_actions :] < batch.mc_returns  # (N, 2 M, B)
+    q = q.at[:, config.num_actions :].max(batch.mc_returns)  # the uniform ones are not bounded
+    if config.importance_sampling:
+        q = q - log_prob  # (N, 3 M, B)
+    else:
+        q = jnp.concatenate([q, data_q[:, None]], axis=1)  # (N, 3 M + 1, B)
+    difference = jax.nn.logsumexp(q, axis=1) - data_q  # (N, B)
+    return jnp.maximum(difference, config.difference_min).mean(axis=1), below.mean()
+
+
+def critic_loss(params, agent, batch, key, config):
+    """Q regresses on the best of several next actions; the weighted difference is added."""
+    target_key, difference_key = jax.random.split(key)
+    action_key, subset_key = jax.random.split(target_key)
+    following = batch.next_observations
+    next_actions, _ = policy_actions(agent, following, action_key, config.backup_actions)
+    next_q = q_values(agent, agent.target_critic_params, following, next_actions)  # (N, M, B)
+    members = jax.random.choice(subset_key, len(next_q), (config.target_critics,), replace=False)
+    next_v = next_q[members].min(axis=0).max(axis=0)  # (B,)
+    target_q = batch.rewards + config.discount * batch.masks * next_v  # (B,)
+    q = agent.critic.apply_fn(params, batch.observations, batch.actions)  # (N, B)
+    loss = ((q - target_q[None]) ** 2).mean(axis=1).sum()
+    info = {"critic_loss": loss, "q": q.mean()}  # of the Bellman error alone
+    difference, below = conservative_difference(params, agent, batch, q, difference_key, config)
+    multiplier = agent.multiplier.apply_fn(agent.multiplier.params) if config.lagrange else 1.0
+    loss += multiplier * config.cql_alpha * (difference - config.lagrange * config.target_gap).sum()
+    info |= {"difference": difference.mean(), "below_return": below, "multiplier": multiplier}
+    return loss, info
+
+
+def multiplier_loss(params, agent, difference, config):
+    """The multiplier rises while the difference is above its target gap, and falls below it."""
+    multiplier = agent.multiplier.apply_fn(params)  # ()
+    return -multiplier * config.cql_alpha * (difference - config.target_gap), {}
 
 
 def gradient_step(train_state, loss_fn, *args):
@@ -476,1429 +317,402 @@ def gradient_step(train_state, loss_fn, *args):
     return train_state.apply_gradients(grads=grads), info
 
 
-def critic_gradient_step(state, batch, key, config):
-    """The critic's gradient_step, from the mean of the gradients of micro-batches, one after the
-    other: the activations of a whole batch with its sampled actions do not fit a CPU's cache."""
-    count = math.gcd(config.micro_batches, config.batch_size)
+def update(agent, batch, config):
+    """One update, all gradients at the old parameters. The critic's is the mean over micro-batches,
+    one after the other: a whole batch with its sampled actions does not fit a CPU's cache."""
+    key, critic_key, actor_key = jax.random.split(agent.key, 3)
+    count = int(np.gcd(config.micro_batches, config.batch_size))
     parts = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)  # (P, B / P, ...)
-
-    def gradients(part):
-        return jax.grad(critic_loss, has_aux=True)(state.critic.params, state, *part, config)
-
-    found = jax.lax.map(gradients, (parts, jax.random.split(key, count)))
-    grads, info = jax.tree.map(lambda x: x.mean(axis=0), found)
-    return state.critic.apply_gradients(grads=grads), info
-
-
-def update_step(state, batch, config):
-    """One update, all gradients at the old parameters: Q, multiplier, pi, temperature; target Q."""
-    key, critic_key, actor_key = jax.random.split(state.key, 3)
-    critic, critic_info = critic_gradient_step(state, batch, critic_key, config)
-    actor, actor_info = gradient_step(state.actor, actor_loss, state, batch, actor_key, config)
-    inputs = state, actor_info["entropy"], batch.actions.shape[-1], config
-    temperature, temperature_info = gradient_step(state.temperature, temperature_loss, *inputs)
-    multiplier = state.multiplier
+    inputs = parts, jax.random.split(critic_key, count)
+    gradient = jax.grad(critic_loss, has_aux=True)
+    found = jax.lax.map(lambda part: gradient(agent.critic.params, agent, *part, config), inputs)
+    grads, critic_info = jax.tree.map(lambda x: x.mean(axis=0), found)
+    critic = agent.critic.apply_gradients(grads=grads)
+    actor, actor_info = gradient_step(agent.actor, actor_loss, agent, batch, actor_key, config)
+    inputs = agent, actor_info["entropy"], batch.actions.shape[-1], config
+    temperature, temperature_info = gradient_step(agent.temperature, temperature_loss, *inputs)
     if config.lagrange:
-        inputs = state, critic_info["difference"], config
-        multiplier, _ = gradient_step(state.multiplier, multiplier_loss, *inputs)
-    target = optax.incremental_update(critic.params, state.target_critic_params, config.tau)
-    state = state.replace(actor=actor, critic=critic, temperature=temperature, key=key)
-    state = state.replace(multiplier=multiplier, target_critic_params=target)
-    return state, critic_info | actor_info | temperature_info
+        inputs = agent, critic_info["difference"], config
+        multiplier, _ = gradient_step(agent.multiplier, multiplier_loss, *inputs)
+        agent = agent.replace(multiplier=multiplier)
+    target = optax.incremental_update(critic.params, agent.target_critic_params, config.tau)
+    agent = agent.replace(actor=actor, critic=critic, temperature=temperature, key=key)
+    return agent.replace(target_critic_params=target), critic_info | actor_info | temperature_info
 
 
-online_update = update_step  # online the same losses go on
-
-
-def blank_transition(observation_dim, action_dim):
-    """What the replay buffer holds of one step, all zeros. The return of an episode that has not
-    ended is not known: -inf, which is below every Q."""
-    observation, action = np.zeros(observation_dim, np.float32), np.zeros(action_dim, np.float32)
-    unknown = np.float32(-np.inf)
-    return Batch(observation, action, np.float32(0), observation, np.float32(0), unknown)
-
-
-def online_batch(dataset, buffer, key, config):
-    """What an online update learns from: `offline_ratio` dataset rows, the rest new ones."""
-    if config.offline_ratio < 0:
-        return sample_union(dataset, buffer, key, config.batch_size)
-    offline_key, online_key = jax.random.split(key)
-    num_offline = round(config.batch_size * config.offline_ratio)
-    offline = sample(dataset, dataset.rewards.shape[0], offline_key, num_offline)
-    online = sample(buffer.rows, buffer.size, online_key, config.batch_size - num_offline)
-    return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), offline, online)
-
-
-def sample_action(state, observation, key):
+def explore(agent, observation, key, config):
     """The training policy's action (A,) in one observation (O,)."""
-    return policy_actions(state, observation[None], key, 1)[0][0, 0]
+    return policy_actions(agent, observation[None], key, 1)[0][0, 0]
 
 
-def mode_actions(state, observations):
+def act(agent, observations, config):
     """The deterministic policy's actions (B, A) in observations (B, O), for evaluation."""
-    policy = state.actor.apply_fn(state.actor.params, observations)
+    policy = agent.actor.apply_fn(agent.actor.params, observations)
     return jnp.tanh(policy.distribution.mean())  # a squashed Gaussian has no `mode` in distrax
 
 
-# ==================================== The same bytes in every script from here to main ============
-# ------------------------------------------------------------------------------------------- Data
+# ------------------------------------------------------------------------------- Offline to online
+def phases(config):
+    """The run, phase by phase: name, number of steps, and what one round of them does."""
+    yield "offline", config.offline_steps, partial(offline_round, update=update)
+    yield "online", config.online_steps, partial(round_with_returns, update=update)
+
+
+def online_batch(dataset, buffer, size, key, config):
+    """An online update's batch: `offline_ratio` dataset rows, the rest of the `size` newest."""
+    offline = jnp.arange(config.batch_size) < config.batch_size * config.offline_ratio  # (B,)
+    rows = jax.random.randint(key, offline.shape, 0, jnp.where(offline, len(dataset.rewards), size))
+    old = jax.tree.map(lambda x: x[rows], dataset)
+    new = jax.tree.map(lambda x: x[rows], buffer)
+    return jax.tree.map(partial(jax.vmap(jnp.where), offline), old, new)
+
+
+@partial(jax.jit, donate_argnames="buffers")
+def insert(buffers, rows, position):
+    """Rows (S, ...) into the buffers (S, C, ...), in place: hence a program of its own."""
+    return jax.tree.map(lambda buffer, row: buffer.at[:, position].set(row), buffers, rows)
+
+
+@partial(jax.jit, static_argnames=("config", "update", "learn"), donate_argnames="agents")
+def online_step(agents, buffers, size, observations, dataset, config, update, learn):
+    """With `learn` update all agents, then choose actions (S, A). `agents` is donated."""
+    keys, info = jax.vmap(partial(jax.random.split, num=3))(agents.key), {}  # (S, 3, 2)
+    agents = agents.replace(key=keys[:, 0])
+    if learn:
+        draw = partial(online_batch, config=config)
+        draw_all = jax.vmap(draw, in_axes=(None, 0, None, 0))
+        batches = draw_all(dataset, buffers, size, keys[:, 1])  # (S, B, ...)
+        agents, info = for_each_seed(partial(update, config=config), agents, batches)
+    actions = jax.vmap(partial(explore, config=config))(agents, observations, keys[:, 2])
+    return agents, actions, info
+
+
+def online_round(agents, buffers, run, first, last, update, warmup=0, every=1, store=insert):
+    """Environment steps `first` to `last`, an update after every `every`th but the `warmup` first.
+    Episodes are seeded by (seed, first) and truncated at `last`: no simulator is checkpointed."""
+    config, dataset, envs, bar = run
+    infos, capacity = [], buffers.rewards.shape[1]
+    seeds = [10**9 * (config.seed + i + 1) + first for i in range(config.num_seeds)]
+    observations, _ = envs.reset(seed=seeds)  # (S, O)
+    step_all = partial(online_step, dataset=dataset, config=config, update=update)
+    agents, actions, _ = step_all(agents, buffers, 0, observations, learn=False)
+    for step in range(first, last):
+        after, rewards, terminated, truncated, info = envs.step(np.asarray(actions))  # (S, ...)
+        following, ends = after.copy(), terminated | truncated | (step + 1 == last)
+        for i in np.flatnonzero(terminated | truncated):  # reset already
+            following[i] = info["final_obs"][i]
+        rows = Batch(observations, actions, rewards, following, 1.0 - terminated, 1.0 * ends)
+        buffers, observations = store(buffers, rows, step % capacity), after
+        size, due = min(step + 1, capacity), step >= warmup and (step + 1) % every == 0
+        agents, actions, info = step_all(agents, buffers, size, observations, learn=due)
+        infos += [jax.device_get(info)] * due
+        bar.update()
+    means = {name: np.mean([x[name] for x in infos], axis=0) for name in (infos or [{}])[0]}
+    return agents, buffers, means | {"updates": len(infos)}
+
+
+def monte_carlo_returns(rewards, masks, ends, config):
+    """Discounted returns (N,) of rows (N,). An episode's last reward is repeated for ever, unless
+    it terminated, by the rule "infinite", by "sparse" where all rewards are `failure_reward`."""
+    last = np.flatnonzero(ends)  # (E,), rows
+    first = np.append(0, last[:-1] + 1)  # (E,)
+    failed = np.logical_and.reduceat(rewards == config.failure_reward, first)  # (E,)
+    repeats = {"finite": 0.0, "sparse": failed, "infinite": 1.0}[config.return_rule] * masks[last]
+    returns = np.array(rewards, np.float64)  # (N,)
+    returns[last] /= np.where(repeats > 0, 1 - config.discount, 1.0)
+    for i in reversed(range(len(returns) - 1)):
+        returns[i] += config.discount * (1 - ends[i]) * returns[i + 1]
+    return returns.astype(np.float32)
+
+
+def round_with_returns(agents, buffers, run, first, last, update):
+    """online_round; a row's return is written when its episode ends. Till then it bounds no Q."""
+    config, known = run[0], np.array(buffers.mc_returns)  # (S, C), the returns on the host
+    episodes = [[] for _ in known]  # in play: reward, mask and end of every step
+
+    def store(buffers, rows, position):
+        known[:, position] = -1e9  # unknown: below every Q
+        buffers = insert(buffers, rows.replace(mc_returns=np.full(len(known), -1e9)), position)
+        for i, episode in enumerate(episodes):
+            episode.append((rows.rewards[i], rows.masks[i], rows.ends[i]))
+            if rows.ends[i]:
+                places = (position - np.arange(min(len(episode), known.shape[1]))) % known.shape[1]
+                returns = monte_carlo_returns(*np.array(episode).T, config)[::-1]  # newest first
+                known[i, places] = returns[: len(places)]
+                places = np.pad(places, (0, -len(places) % 1024), "edge")  # few shapes
+                returns = insert(buffers.mc_returns, known[:, places], places)
+                buffers = buffers.replace(mc_returns=returns)
+                episode.clear()
+        return buffers
+
+    return online_round(agents, buffers, run, first, last, update, config.warmup_steps, store=store)
+
+
+# ==== The same bytes in every script from here ==================================================
 
 
 @flax.struct.dataclass
 class Batch:
-    """Transitions as the agent sees them. `masks` is 0 only on a true termination, where no
-    future reward exists; at a time limit it is 1."""
+    """Transitions in the agent's units."""
 
     observations: jax.Array  # (B, O)
-    actions: jax.Array  # (B, A)
+    actions: jax.Array  # (B, A), inside [-1, 1]
     rewards: jax.Array  # (B,)
     next_observations: jax.Array  # (B, O)
-    masks: jax.Array  # (B,)
+    masks: jax.Array  # (B,), 0 only on a true termination, where no future reward exists
+    ends: jax.Array  # (B,), 1 on the last row of an episode, for whatever reason
     mc_returns: Any = ()  # (B,), discounted returns from here on, where a script needs them
 
 
-def fail(message, code=2):
-    """End the program with one line on stderr. Codes: 2 input refused, 3 not finite, 4 disk."""
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-    raise SystemExit(code)
+def rescale(x, multiplier, offset):
+    """The environment's units -> the agent's, for data and steps alike."""
+    return (np.asarray(x) * multiplier + offset).astype(np.float32)
 
 
-KNOWN_DATASETS = """D4RL/antmaze/*-v1: umaze umaze-diverse medium-play medium-diverse large-play
-D4RL/antmaze/*-v1: large-diverse
-D4RL/door/*-v2: human cloned expert
-D4RL/hammer/*-v2: human cloned expert
-D4RL/kitchen/*-v2: complete partial mixed
-D4RL/pen/*-v2: human cloned expert
-D4RL/pointmaze/*-v2: umaze open medium large
-D4RL/relocate/*-v2: human cloned expert
-mujoco/*/expert-v0: ant halfcheetah hopper humanoid swimmer walker2d
-mujoco/*/medium-v0: ant halfcheetah hopper humanoid swimmer walker2d
-mujoco/*/simple-v0: ant halfcheetah hopper humanoid swimmer walker2d"""
-
-
-def find_dataset(name):
-    """Path of a dataset: a flat file, or the data folder of a Minari dataset, local or fetched.
-
-    Without a name: the one in this repository, or Minari's where the script stands alone.
-    """
-    embedded = Path(__file__).resolve().parent.parent / "datasets"
-    default = "hopper/sac-medium-replay-v0"
-    if name is None:
-        name = default if (embedded / default).is_dir() else "mujoco/hopper/medium-v0"
-    path = Path(name)
-    if path.suffix in (".npz", ".hdf5", ".h5"):
-        return path if path.is_file() else fail(f"--dataset {name}: no such file")
-    local = Path(os.environ.get("MINARI_DATASETS_PATH", Path.home() / ".minari" / "datasets"))
-    for folder in (path, embedded / name, local / name):
-        if (folder / "metadata.json").is_file():
-            return folder
-        if (folder / "data" / "metadata.json").is_file():
-            return folder / "data"
-    groups = (group.partition(": ") for group in KNOWN_DATASETS.splitlines())
-    known = [form.replace("*", word) for form, _, words in groups for word in words.split()]
-    if name not in known:
-        here = [str(p.parent.parent.relative_to(root)) for root in (embedded, local)
-                for p in root.glob("**/data/metadata.json")]
-        near = difflib.get_close_matches(name, sorted({*here, *known}), n=3, cutoff=0.0)
-        fail(f"--dataset {name}: unknown; nearest: {', '.join(near)}. For any other Minari dataset "
-             f"first `minari download {name}`")
-    print(f"{name}: downloading from Minari", flush=True)
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are its own affair
-    try:
-        minari.download_dataset(name, force_download=True)
-    except Exception as error:  # network, registry or disk: whatever it is, the data is not here
-        fail(f"{name} cannot be fetched ({type(error).__name__}); `minari download {name}` where "
-             f"there is a network, copy it to {local}; or --dataset FILE --env-id ID")
-    return local / name / "data"
-
-
-def environment_spec(path, env_id):
-    """Specification (JSON) of the environment that goes with the dataset at `path`.
-
-    Of a Minari dataset its evaluation environment, where it has one: that is what is trained in.
-    """
-    try:
-        if env_id is not None:
-            if env_id not in gym.registry and importlib.util.find_spec("gymnasium_robotics"):
-                import gymnasium_robotics
-
-                gym.register_envs(gymnasium_robotics)
-            return gym.make(env_id).spec.to_json()
-        if path.is_file():
-            fail(f"--dataset {path}: a flat file does not name its environment, add --env-id ID")
-        return open_minari(path).recover_environment(eval_env=True).spec.to_json()
-    except (gym.error.Error, ImportError, ValueError, OSError) as error:
-        hint = "; pip install gymnasium-robotics" if "robotics" in str(error) else ""
-        return fail(f"no environment: {' '.join(str(error).split())}{hint}")
-
-
-def open_minari(path):
-    """The Minari dataset in a folder; a damaged one is refused."""
-    try:
-        return minari.MinariDataset(path)
-    except Exception as error:  # Minari checks nothing: a damaged file fails in many ways
-        return fail_damaged(path, error)
-
-
-def fail_damaged(path, error):
-    """Refuse a file that cannot be read."""
-    fault = " ".join(f"{type(error).__name__}: {error}".split())
-    fail(f"{path}: unreadable ({fault}): damaged or cut off? Fetch it again, from Minari by "
-         "minari.download_dataset(id, force_download=True)")
-
-
-def make_env(spec, **keywords):
-    """The environment of a specification (JSON); dict observations flattened in sorted order."""
-    env = gym.make(gym.envs.registration.EnvSpec.from_json(spec), **keywords)
+def make_env(source):
+    """The environment of a source (load_dataset's), in all but statistics in the agent's units."""
+    units, wrap = {name: np.array(x) for name, x in source["units"].items()}, gym.wrappers
+    spec = gym.envs.registration.EnvSpec.from_json(source["environment"])
+    env = wrap.RecordEpisodeStatistics(gym.make(spec, disable_env_checker=True))
     if isinstance(env.observation_space, gym.spaces.Dict):
-        space = gym.spaces.Dict(dict(sorted(env.observation_space.items())))
-        env = gym.wrappers.TransformObservation(env, lambda x: x, space)
-        env = gym.wrappers.FlattenObservation(env)
-    return env
+        env = wrap.FlattenObservation(env)
+    box = gym.spaces.Box(-1.0, 1.0, env.action_space.shape)
+    env = wrap.TransformAction(env, lambda x: np.clip(x, -1, 1) * units["actions"], box)
+    env = wrap.TransformReward(env, lambda x: rescale(x, *units["rewards"]))
+    return wrap.TransformObservation(env, lambda x: rescale(x, *units["observations"]), None)
 
 
-def check_spaces(observation_space, action_space, name):
-    """Refuse what these scripts cannot learn from: images, discrete or unbounded actions."""
-
-    def vector(space):
-        if isinstance(space, gym.spaces.Dict):
-            return all(map(vector, space.values()))
-        box = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
-        return box and space.dtype != np.uint8
-
-    if not vector(observation_space):
-        fail(f"{name}: observations are {observation_space}; only vectors are supported, no images")
-    bounded = isinstance(action_space, gym.spaces.Box) and action_space.is_bounded()
-    if not bounded or not vector(action_space):
-        fail(f"{name}: actions are {action_space}; only bounded vectors are supported")
-
-
-def flatten_observations(observations):
-    """Nested dicts of (T, ...) arrays -> (T, O), in sorted order, as gymnasium flattens them."""
-    if not isinstance(observations, dict):
-        return np.asarray(observations, np.float32)
-    parts = [flatten_observations(observations[key]) for key in sorted(observations)]
-    return np.concatenate([part.reshape(len(part), -1) for part in parts], axis=1)
-
-
-def read_minari(path):
-    """A Minari dataset as flat arrays, see read_dataset."""
-    dataset = open_minari(path)
-    check_spaces(dataset.observation_space, dataset.action_space, path)
-    parts = []
-    for episode in dataset.iterate_episodes():
-        observations = flatten_observations(episode.observations)  # (T + 1, O)
-        fields = {
-            "observations": observations[:-1], "next_observations": observations[1:],
-            "actions": np.asarray(episode.actions, np.float32),
-            "rewards": np.asarray(episode.rewards, np.float64),
-            "terminals": np.asarray(episode.terminations, bool),
-        }
-        steps = len(fields["rewards"])
-        for name, rows in fields.items():
-            if len(rows) != steps:
-                fail(f"{path}: episode {episode.id}: {steps} rewards, but {name} for {len(rows)}")
-        last = np.arange(steps) == steps - 1
-        parts.append(fields | {"ends": fields["terminals"] | last, "keep": np.ones(steps, bool)})
-    if not parts:
-        fail(f"{path}: no episodes")
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-def read_flat_file(path):
-    """A .npz or .hdf5 file with D4RL's keys as flat arrays, see read_dataset."""
-    with np.load(path) if path.suffix == ".npz" else h5py.File(path, "r") as file:
-        names = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts",
-                 "seg_end_index", "seg_end_next_observations")
-        fields = {name: file[name][()] for name in names if name in file}
-    check_fields(fields, path)
-    observations = np.asarray(fields["observations"], np.float32)
-    terminals = np.asarray(fields["terminals"], bool).reshape(-1)
-    ends = terminals | np.asarray(fields.get("timeouts", terminals), bool).reshape(-1)
-    ends[fields.get("seg_end_index", [])] = True
-    ends[-1:] = True
-    if "next_observations" in fields:
-        next_observations = np.asarray(fields["next_observations"], np.float32)
-        jump = np.abs(observations[1:] - next_observations[:-1]).max(axis=1) > 1e-6
-        ends[:-1] |= jump
-        known = np.ones(len(ends), bool)
-    else:  # the next row, except at an end: there the file may give it, else it is unknown
-        next_observations = np.concatenate([observations[1:], observations[-1:]])
-        known = terminals | ~ends  # after a termination it is never looked at
-        if "seg_end_next_observations" in fields:
-            next_observations[fields["seg_end_index"]] = fields["seg_end_next_observations"]
-            known[fields["seg_end_index"]] = True
-    return {
-        "observations": observations, "actions": np.asarray(fields["actions"], np.float32),
-        "rewards": np.asarray(fields["rewards"], np.float64).reshape(-1),
-        "next_observations": next_observations, "terminals": terminals, "ends": ends, "keep": known,
+def load_dataset(config, data, env):
+    """The dataset, a Batch of N rows (without --dataset of one row of zeros), and its source, for
+    config.json: environment, units, reference returns, hash. collect.py checks more."""
+    high, metadata, digest, parts, returns = env.action_space.high, {}, "", [], np.zeros(1)
+    zeros = np.zeros((1, gym.spaces.flatdim(env.observation_space)))  # (1, O)
+    rows = Batch(zeros, high[None] * 0, np.zeros(1), zeros, np.ones(1), np.ones(1))
+    for episode in data.iterate_episodes() if data else ():
+        leaves = jax.tree.leaves(episode.observations)  # of Dicts as FlattenObservation does it
+        observations = np.concatenate([x.reshape(len(x), -1) for x in leaves], axis=1)  # (T + 1, O)
+        ends = 1.0 * (np.arange(1, len(observations)) == len(episode.rewards))  # (T,)
+        step = observations[:-1], episode.actions, episode.rewards, observations[1:]
+        parts.append(Batch(*step, 1.0 - episode.terminations, ends))
+    if data:
+        rows = jax.tree.map(lambda *xs: np.concatenate(xs, dtype=np.float32), *parts)
+        file = data.storage.data_path / "main_data.hdf5"
+        metadata, digest = data.storage.metadata, hashlib.sha256(file.read_bytes()).hexdigest()
+        if np.abs(rows.actions).max() <= 1 + 1e-3 and (high >= 1).all():
+            high = np.ones_like(high)  # the data use this part of the box
+        returns = np.add.reduceat(rows.rewards, np.flatnonzero(np.append(1, rows.ends[:-1])))
+        print(f"{config.dataset}: {len(rows.ends):,} steps, mean return {returns.mean():.1f}")
+    finite = all(np.isfinite(x).all() for x in jax.tree.leaves(rows))
+    if not finite or rows.observations.shape[1] != zeros.shape[1]:
+        raise SystemExit(f"{config.dataset}: bad rows, baselines/collect.py check says which")
+    scale = config.reward_scale * (1000 / np.ptp(returns) if config.normalize_returns else 1)
+    units = {"observations": (1.0, 0.0), "rewards": (scale, config.reward_shift), "actions": high}
+    if config.normalize_observations:
+        std = rows.observations.std(axis=0, dtype=np.float64) + 1e-3
+        units["observations"] = 1 / std, -rows.observations.mean(axis=0, dtype=np.float64) / std
+    rows = rows.replace(
+        observations=rescale(rows.observations, *units["observations"]),
+        actions=np.clip(rows.actions / high, -1 + 1e-5, 1 - 1e-5).astype(np.float32),
+        rewards=rescale(rows.rewards, *units["rewards"]),
+        next_observations=rescale(rows.next_observations, *units["observations"]),
+    )
+    return rows, {
+        "environment": env.spec.to_json(),
+        "units": jax.tree.map(lambda x: np.asarray(x).tolist(), units),
+        "reference": [metadata.get("ref_min_score"), metadata.get("ref_max_score")],
+        "dataset_sha256": digest,
     }
 
 
-def check_fields(fields, path):
-    """Refuse a flat file whose fields are missing or do not fit each other."""
-    needed = {"observations", "actions", "rewards", "terminals"}
-    if not needed <= set(fields):
-        fail(f"{path}: no {', '.join(sorted(needed - set(fields)))}; D4RL's keys are needed")
-    if not {"timeouts", "next_observations", "seg_end_index"} & set(fields):
-        fail(f"{path}: neither timeouts nor next_observations: where do the episodes end?")
-    num_rows = fields["rewards"].size
-    shapes = {"rewards": (num_rows,), "terminals": (num_rows,), "timeouts": (num_rows,),
-              "actions": (num_rows, *fields["actions"].shape[1:]),
-              "observations": (num_rows, *fields["observations"].shape[1:]),
-              "next_observations": fields["observations"].shape}
-    for name, shape in shapes.items():
-        found = fields[name].shape if name in fields else shape
-        if found not in (shape, (*shape, 1)):
-            fail(f"{path}: {name} have shape {found}, but {shape} is needed")
-        if name in ("terminals", "timeouts") and np.isnan(fields.get(name, 0.0)).any():
-            bad = np.isnan(fields[name])
-            fail(f"{path}: {name}: {bad.sum()} rows are not finite, the first is {bad.argmax()}")
-    if not np.isin(fields.get("seg_end_index", []), np.arange(num_rows)).all():
-        fail(f"{path}: seg_end_index has values that are no rows")
-
-
-def read_dataset(path):
-    """Flat arrays of N rows: observations (N, O), actions (N, A), rewards, next_observations,
-    terminals (true terminations), ends (last row of a trajectory, for whatever reason), keep
-    (False where the next observation is unknown: such a row counts in returns, not in training).
-    """
-    try:
-        return read_flat_file(path) if path.is_file() else read_minari(path)
-    except Exception as error:  # a damaged file fails in many ways
-        return fail_damaged(path, error)
-
-
-def check_dataset(arrays, env, path):
-    """Refuse bad rows and a dataset that does not fit its environment, naming field and row."""
-    if not arrays["keep"].any():
-        fail(f"{path}: empty, or no row's next observation is known")
-    for name in ("observations", "actions", "rewards", "next_observations"):
-        bad = ~np.isfinite(arrays[name]).reshape(len(arrays[name]), -1).all(axis=1)
-        if bad.any():
-            fail(f"{path}: {name}: {bad.sum()} rows are not finite, the first is {bad.argmax()}")
-    check_spaces(env.observation_space, env.action_space, env.spec.id)
-    for name, space in (("observations", env.observation_space), ("actions", env.action_space)):
-        if arrays[name].shape[1:] != space.shape:
-            shape = arrays[name].shape[1:]
-            fail(f"{path}: {name} have shape {shape}, but {env.spec.id}'s {space.shape}")
-    low, high = env.action_space.low - 1e-3, env.action_space.high + 1e-3
-    outside = ((arrays["actions"] < low) | (arrays["actions"] > high)).any(axis=1)
-    if outside.any():
-        fail(f"{path}: {outside.sum()} actions outside {env.spec.id}'s box, the first in row "
-             f"{outside.argmax()}")
-
-
-def discounted_returns(rewards, ends, discount):
-    """Monte-Carlo return of every row: the discounted sum of rewards to its trajectory's end."""
-    returns = np.zeros(len(rewards))
-    following = 0.0
-    for i in reversed(range(len(rewards))):
-        following = rewards[i] + discount * following * (not ends[i])
-        returns[i] = following
-    return returns
-
-
-ACTION_LIMIT = 1 - 1e-5  # of actions in batches: at 1 a squashed policy's density is not finite
-
-
-@dataclasses.dataclass(frozen=True)
-class Transform:
-    """Between the data's and environment's units and the agent's. One object serves dataset,
-    online data and evaluation, and is part of the checkpoint."""
-
-    observation_mean: np.ndarray  # (O,)
-    observation_std: np.ndarray  # (O,)
-    action_center: np.ndarray  # (A,)
-    action_scale: np.ndarray  # (A,)
-    reward_scale: np.ndarray  # ()
-    reward_shift: np.ndarray  # ()
-
-    def observations(self, x):
-        return ((x - self.observation_mean) / self.observation_std).astype(np.float32)
-
-    def rewards(self, x):
-        return (np.asarray(x) * self.reward_scale + self.reward_shift).astype(np.float32)
-
-    def actions(self, x):
-        """Data -> agent."""
-        scaled = (x - self.action_center) / self.action_scale
-        return np.clip(scaled, -ACTION_LIMIT, ACTION_LIMIT).astype(np.float32)
-
-    def environment_actions(self, x):
-        """Agent -> environment."""
-        return (x * self.action_scale + self.action_center).astype(np.float32)
-
-
-def fit_transform(arrays, action_space, config):
-    """The dataset's Transform. Actions pass unchanged where the data lie in [-1, 1] and the box
-    contains it; otherwise both are rescaled by the environment's box."""
-    observations, actions = arrays["observations"], arrays["actions"]
-    mean, std = np.zeros(observations.shape[1]), np.ones(observations.shape[1])
-    if config.normalize_observations:
-        mean = observations.mean(axis=0, dtype=np.float64)
-        std = observations.std(axis=0, dtype=np.float64) + 1e-3
-    low, high = action_space.low, action_space.high
-    center, scale = (low + high) / 2, (high - low) / 2
-    if np.abs(actions).max() <= 1 + 1e-3 and (low <= -1).all() and (high >= 1).all():
-        center, scale = np.zeros_like(center), np.ones_like(scale)
-    reward_scale = config.reward_scale
-    if config.normalize_returns:
-        span = np.ptp(episode_returns(arrays))
-        if span < 1e-6:
-            fail("--normalize-returns: all trajectories have the same return; turn it off by "
-                 "--no-normalize-returns")
-        reward_scale *= 1000.0 / span
-    rewards = np.array(reward_scale), np.array(config.reward_shift)
-    return Transform(mean, std, center, scale, *rewards)
-
-
-def episode_returns(arrays):
-    """Undiscounted return of every trajectory in the dataset, in the environment's units."""
-    first = np.concatenate([[0], np.flatnonzero(arrays["ends"])[:-1] + 1])
-    return np.add.reduceat(arrays["rewards"], first)
-
-
-def agent_batch(arrays, transform):
-    """The dataset's kept rows as the agent sees them: a Batch of NumPy arrays."""
-    keep = arrays["keep"]
-    return Batch(
-        observations=transform.observations(arrays["observations"][keep]),
-        actions=transform.actions(arrays["actions"][keep]),
-        rewards=transform.rewards(arrays["rewards"][keep]),
-        next_observations=transform.observations(arrays["next_observations"][keep]),
-        masks=1.0 - arrays["terminals"][keep].astype(np.float32),
-    )
-
-
-# ---------------------------------------------------------------------------------- Replay buffer
-
-
-@flax.struct.dataclass
-class ReplayBuffer:
-    """A ring of transitions on the device: `rows` (C, ...), of which `size` are filled."""
-
-    rows: Batch
-    size: jax.Array
-    position: jax.Array  # where the next transition goes
-
-
-def empty_buffers(num_seeds, capacity, blank):
-    """A buffer per seed, on the host: rows (S, C, ...), each like the transition `blank`."""
-    rows = jax.tree.map(lambda x: np.full((num_seeds, capacity, *x.shape), x, x.dtype), blank)
-    counts = np.zeros(num_seeds, np.int32)
-    return ReplayBuffer(rows, counts, counts)
-
-
-def insert(buffer, transition):
-    """The buffer with one transition more, the oldest overwritten when it is full."""
-    capacity = buffer.rows.rewards.shape[0]
-    rows = jax.tree.map(lambda x, new: x.at[buffer.position].set(new), buffer.rows, transition)
-    size = jnp.minimum(buffer.size + 1, capacity)
-    return ReplayBuffer(rows, size, (buffer.position + 1) % capacity)
-
-
-def sample(rows, size, key, batch_size):
-    """`batch_size` transitions, uniform with replacement over the first `size` rows."""
-    indices = jax.random.randint(key, (batch_size,), 0, size)  # (B,)
-    return jax.tree.map(lambda x: x[indices], rows)
-
-
-def sample_union(dataset, buffer, key, batch_size):
-    """`batch_size` transitions, uniform over the dataset and the buffer together."""
-    num_offline = dataset.rewards.shape[0]
-    indices = jax.random.randint(key, (batch_size,), 0, num_offline + buffer.size)  # (B,)
-    online = indices >= num_offline  # (B,)
-
-    def pick(offline_rows, online_rows):
-        chosen = online.reshape(-1, *[1] * (offline_rows.ndim - 1))  # (B, 1) or (B,)
-        return jnp.where(chosen, online_rows[indices - num_offline], offline_rows[indices])
-
-    return jax.tree.map(pick, dataset, buffer.rows)
-
-
-# ---------------------------------------------------------------------------- Monte-Carlo returns
-
-
-def monte_carlo_returns(rewards, masks, ends, failure, config):
-    """Discounted return (N,) of every row to its trajectory's end, the last reward repeated for
-    ever where `return_rule` says so. `failure`: failure_reward in the agent's units."""
-    last = np.flatnonzero(ends)
-    first = np.concatenate([[0], last[:-1] + 1])
-    failed = np.logical_and.reduceat(rewards == failure, first)
-    repeats = {"finite": 0.0, "sparse": failed, "infinite": 1.0}[config.return_rule] * masks[last]
-    rewards = rewards.astype(np.float64)
-    rewards[last] = np.where(repeats > 0, rewards[last] / (1 - config.discount), rewards[last])
-    return discounted_returns(rewards, ends, config.discount).astype(np.float32)
-
-
-@partial(jax.jit, static_argnames="config", donate_argnames="buffer")
-def write_returns(buffer, lengths, failure, config):
-    """Give the newest `lengths` (S,) rows of every seed, an episode that has ended, their returns;
-    0 where none has. The rule is that of monte_carlo_returns; `buffer` is donated."""
-
-    def one_seed(buffer, length):
-        capacity = buffer.rows.rewards.shape[0]
-        last, rewards = (buffer.position - 1) % capacity, buffer.rows.rewards
-        mine = (last - jnp.arange(capacity)) % capacity < length  # (C,)
-        failed = jnp.where(mine, rewards == failure, True).all()
-        repeats = {"finite": False, "sparse": failed, "infinite": True}[config.return_rule]
-        repeats = jnp.logical_and(repeats, buffer.rows.masks[last] > 0)
-        scale = jnp.where(repeats, 1 / (1 - config.discount), 1.0)
-
-        def body(age, carry):
-            returns, following = carry
-            at = (last - age) % capacity
-            reward = rewards[at] * jnp.where(age == 0, scale, 1.0)
-            following = reward + config.discount * following
-            return returns.at[at].set(following), following
-
-        start = buffer.rows.mc_returns, jnp.float32(0.0)
-        returns, _ = jax.lax.fori_loop(0, jnp.minimum(length, capacity), body, start)
-        return buffer.replace(rows=buffer.rows.replace(mc_returns=returns))
-
-    return jax.vmap(one_seed)(buffer, lengths)
-
-
-def batch_with_returns(arrays, transform, config):
-    """The dataset's kept rows with their Monte-Carlo returns: a Batch of NumPy arrays."""
-    rewards = transform.rewards(arrays["rewards"])
-    failure, masks = transform.rewards(config.failure_reward), 1.0 - arrays["terminals"]
-    returns = monte_carlo_returns(rewards, masks, arrays["ends"], failure, config)
-    return agent_batch(arrays, transform).replace(mc_returns=returns[arrays["keep"]])
-
-
-def store(run, transitions):
-    """Insert one transition (S, ...) per seed, and at an episode's end its rows' returns."""
-    unknown = np.full(run.config.num_seeds, -np.inf, np.float32)
-    transitions = split(transitions.replace(mc_returns=unknown), run.devices)
-    run.buffers = list(map(insert_transitions, run.buffers, transitions))
-    ended = {i: length for i, _, length in run.rollout.finished if not run.rollout.played[i]}
-    if ended:
-        lengths = np.array([ended.get(i, 0) for i in range(run.config.num_seeds)], np.int32)
-        failure = np.float32(run.transform.rewards(run.config.failure_reward))
-        write = partial(write_returns, failure=failure, config=run.config)
-        run.buffers = list(map(write, run.buffers, split(lengths, run.devices)))
-
-
-# ---------------------------------------------------------------------------------- Training steps
-
-
 def for_each_seed(function, *arguments):
-    """`function` over the leading axis, the seeds of one device: side by side on an accelerator,
-    one after the other on a CPU, where batching the small matmuls halves their speed."""
+    """`function` over the seeds, the leading axis; on a CPU in turn, which is twice as fast."""
     if jax.default_backend() == "cpu":
         return jax.lax.map(lambda xs: function(*xs), arguments)
     return jax.vmap(function)(*arguments)
 
 
-@partial(jax.jit, static_argnames=("config", "num_steps"), donate_argnames="state")
-def update_steps(state, dataset, config, num_steps):
-    """`num_steps` updates of every seed on uniform batches of the dataset, compiled as one scan.
+@partial(jax.jit, static_argnames=("config", "update", "num_steps"), donate_argnames="agents")
+def update_steps(agents, dataset, config, update, num_steps):
+    """`num_steps` updates of every agent, as one scan. Metrics are sums. `agents` is donated."""
 
-    `state` is donated: use the returned one. Metrics are means over the steps, (S,).
-    """
+    def body(agent, _):
+        key, sample_key = jax.random.split(agent.key)
+        rows = jax.random.randint(sample_key, (config.batch_size,), 0, len(dataset.rewards))  # (B,)
+        batch = jax.tree.map(lambda x: x[rows], dataset)
+        return update(agent.replace(key=key), batch, config)
 
-    def one_seed(state):
-        def body(state, _):
-            key, sample_key = jax.random.split(state.key)
-            batch = sample(dataset, dataset.rewards.shape[0], sample_key, config.batch_size)
-            return update_step(state.replace(key=key), batch, config)
-
-        state, info = jax.lax.scan(body, state, length=num_steps)
-        return state, jax.tree.map(jnp.mean, info)
-
-    return for_each_seed(one_seed, state)
+    agents, info = for_each_seed(partial(jax.lax.scan, body, length=num_steps), agents)
+    return agents, jax.tree.map(partial(jnp.sum, axis=1), info)
 
 
-@partial(jax.jit, donate_argnames="buffer")
-def insert_transitions(buffer, transitions):
-    """Insert one transition (S, ...) per seed, in place: `buffer` is donated.
-
-    A call of its own, because XLA copies the whole buffer where one program writes and reads it.
-    """
-    return jax.vmap(insert)(buffer, transitions)
-
-
-@partial(jax.jit, static_argnames=("config", "learn"), donate_argnames="state")
-def online_step(state, buffer, observations, dataset, config, learn):
-    """Update every agent `utd_ratio` times (without `learn`: not at all), then choose the actions
-    (S, A) in `observations` (S, O). `state` is donated: use the returned one."""
-    info = {}
-    if learn:
-        keys = jax.vmap(partial(jax.random.split, num=config.utd_ratio + 1))(state.key)
-        draw = jax.vmap(partial(online_batch, config=config), in_axes=(None, None, 0))
-        batches = jax.vmap(draw, in_axes=(None, 0, 0))(dataset, buffer, keys[:, 1:])  # (S, U, ...)
-
-        def one_seed(state, batches):
-            state, info = jax.lax.scan(partial(online_update, config=config), state, batches)
-            return state, jax.tree.map(jnp.mean, info)
-
-        state, info = for_each_seed(one_seed, state.replace(key=keys[:, 0]), batches)
-    actions, key = act(state, observations)
-    return state.replace(key=key), actions, info
+def offline_round(agents, buffers, run, first, last, update):
+    """Updates `first` to `last` on the dataset, in slices, so that the bar moves."""
+    config, dataset, _, bar = run
+    totals = []
+    for begin in range(first, last, 200):
+        size = min(200, last - begin)
+        agents, info = update_steps(agents, dataset, config, update, size)
+        totals.append(jax.device_get(info))
+        bar.update(size)
+    names = totals[0] if totals else ()
+    means = {name: sum(x[name] for x in totals) / (last - first) for name in names}
+    return agents, buffers, means | {"updates": last - first}
 
 
-@jax.jit
-def act(state, observations):
-    """The training policy's actions (S, A) in observations (S, O), and the next keys (S, 2)."""
-    keys = jax.vmap(partial(jax.random.split, num=2))(state.key)  # (S, 2, 2)
-    return jax.vmap(sample_action)(state, observations, keys[:, 1]), keys[:, 0]
+act_all = jax.jit(jax.vmap(act, in_axes=(0, 0, None)), static_argnums=2)  # (S, E, O) -> (S, E, A)
 
 
-@jax.jit
-def act_deterministically(state, observations):
-    """The evaluated policy's actions (S, E, A) in observations (S, E, O)."""
-    return jax.vmap(mode_actions)(state, observations)
+def evaluate(agents, envs, source, config):
+    """Mean return and score (S,) of an episode in each of S * E environments, always the same."""
+    shape = config.num_seeds, config.eval_episodes
+    seeds = [10_000 * (config.seed + i) + episode for i, episode in np.ndindex(*shape)]
+    (observations, _), returns = envs.reset(seed=seeds), np.full(len(seeds), np.nan)
+    while np.isnan(returns).any():
+        actions = np.asarray(act_all(agents, observations.reshape(*shape, -1), config))
+        observations, _, terminated, truncated, info = envs.step(actions.reshape(len(seeds), -1))
+        for i in np.flatnonzero((terminated | truncated) & np.isnan(returns)):
+            returns[i] = info["final_info"]["episode"]["r"][i]
+    low, high = (np.nan if x is None else x for x in source["reference"])
+    values = {"return": returns, "score": 100 * (returns - low) / (high - low)}
+    return {name: x.reshape(shape).mean(axis=1) for name, x in values.items()}
 
 
-# ------------------------------------------------------------------------------ Seeds and devices
-# A shard is what one device holds of the seeds; shards[d] has a leading axis of S / D seeds. Each
-# device is given its own calls: they run side by side because dispatch returns at once.
-
-
-def available_cores():
-    """How many cores this process may use; of how many, XLA's last digits depend."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def use_all_cores(num_seeds):
-    """Before jax starts: one virtual CPU device per core, as far as they divide the seeds."""
-    divisors = [d for d in range(1, available_cores() + 1) if num_seeds % d == 0]
-    with contextlib.suppress(RuntimeError):  # jax has started, in a notebook say: as it is
-        jax.config.update("jax_num_cpu_devices", max(divisors))
-
-
-def seed_devices(num_seeds):
-    """The devices that the seeds are spread over: as many as divide their number."""
-    devices = jax.devices()
-    return devices[: max(d for d in range(1, len(devices) + 1) if num_seeds % d == 0)]
-
-
-def split(tree, devices):
-    """(S, ...) arrays -> a list with every device's part of the seeds."""
-    leaves, structure = jax.tree.flatten(tree)
-    parts = zip(*[x.reshape(len(devices), -1, *x.shape[1:]) for x in leaves], strict=True)
-    return [jax.tree.unflatten(structure, part) for part in parts]
-
-
-def to_devices(tree, devices):
-    """(S, ...) arrays -> one shard on each device."""
-    parts = zip(split(tree, devices), devices, strict=True)
-    return [jax.device_put(part, device) for part, device in parts]
-
-
-def to_host(shards):
-    """Shards -> NumPy arrays (S, ...)."""
-    return jax.tree.map(lambda *xs: np.concatenate(xs), *jax.device_get(shards))
-
-
-def on_every_device(function, *shards):
-    """`function(*shards)` on every device; for each of its results, the list of shards."""
-    results = [function(*arguments) for arguments in zip(*shards, strict=True)]
-    return [list(result) for result in zip(*results, strict=True)]
-
-
-# ------------------------------------------------------------------------------------ Environments
-
-
-def episode_seed(stream, seed, episode):
-    """Reset seed of one episode; every episode has its own, so that any can be played again.
-    `stream` keeps training (0), evaluation (1) and film (2) apart."""
-    return int(np.random.SeedSequence((stream, seed, episode)).generate_state(1)[0])
-
-
-@dataclasses.dataclass
-class Rollout:
-    """The training environments, as many for every seed, between two steps."""
-
-    envs: list
-    observations: np.ndarray  # (S, O), in the environments' units; S counts environments here
-    actions: np.ndarray  # (S, A), the agents' next ones
-    episodes: np.ndarray  # (S,), episodes finished so far
-    played: list  # per environment: the actions since the last reset
-    finished: list  # (seed index, return, length) of the episodes finished since the last log
-
-
-def start_rollout(run, saved=None, num_envs=1):
-    """Reset the training environments, `num_envs` per seed; with the arrays of a checkpoint play
-    the interrupted episodes again, which brings a deterministic simulator back to its state, bit
-    for bit."""
-    indices = range(run.config.num_seeds * num_envs)
-    envs = [gym.wrappers.RecordEpisodeStatistics(make_env(run.spec)) for _ in indices]
-    episodes = saved["rollout/episodes"] if saved else np.zeros(len(envs), int)
-    played = [list(saved[f"rollout/played/{i}"]) if saved else [] for i in indices]
-    observations = np.zeros((len(envs), *envs[0].observation_space.shape))  # (S, O)
-    actions = saved and saved["rollout/actions"]
-    rollout = Rollout(envs, observations, actions, episodes, played, [])
-    for i, env in enumerate(envs):
-        observations[i] = reset_environment(run, rollout, i)
-        for action in played[i]:
-            observations[i], *_ = env.step(run.transform.environment_actions(action))
-    return rollout
-
-
-def reset_environment(run, rollout, i):
-    """Begin the next episode of training environment i; returns its first observation (O,)."""
-    num_envs = len(rollout.envs) // run.config.num_seeds
-    number = int(rollout.episodes[i]) * num_envs + i % num_envs
-    seed = episode_seed(0, run.config.seed + i // num_envs, number)
-    return rollout.envs[i].reset(seed=seed)[0]
-
-
-def step_rollout(run):
-    """Step every environment with the agents' next actions; ended ones are reset.
-
-    Returns the transitions, a Batch (S, ...); a next observation is the one before a reset.
-    """
-    rollout, num_envs = run.rollout, len(run.rollout.envs) // run.config.num_seeds
-    before, next_observations = rollout.observations.copy(), rollout.observations.copy()  # (S, O)
-    rewards, terminated = np.zeros(len(before)), np.zeros(len(before), bool)  # (S,)
-    actions = run.transform.environment_actions(rollout.actions)  # (S, A)
-    for i, env in enumerate(rollout.envs):
-        observation, rewards[i], terminated[i], truncated, info = env.step(actions[i])
-        rollout.played[i].append(rollout.actions[i])
-        next_observations[i] = rollout.observations[i] = observation
-        if terminated[i] or truncated:
-            rollout.finished.append((i // num_envs, info["episode"]["r"], info["episode"]["l"]))
-            rollout.episodes[i] += 1
-            rollout.played[i] = []
-            rollout.observations[i] = reset_environment(run, rollout, i)
-    return Batch(
-        observations=run.transform.observations(before),
-        actions=np.clip(rollout.actions, -ACTION_LIMIT, ACTION_LIMIT),
-        rewards=run.transform.rewards(rewards),
-        next_observations=run.transform.observations(next_observations),
-        masks=1.0 - terminated.astype(np.float32),
-    )
-
-
-def evaluate(run):
-    """Returns and lengths (S, E) of one episode in each of the S * E environments, played side by
-    side by the deterministic policy. Always the same start states; training is not touched."""
-    shape = run.config.num_seeds, run.config.eval_episodes
-    observations = np.zeros((*shape, *run.eval_envs[0].observation_space.shape))  # (S, E, O)
-    returns, lengths, playing = np.zeros(shape), np.zeros(shape, int), np.ones(shape, bool)
-    envs = np.array(run.eval_envs, object).reshape(shape)
-    for i, j in np.ndindex(*shape):
-        observations[i, j], _ = envs[i, j].reset(seed=episode_seed(1, run.config.seed + i, j))
-    while playing.any():
-        inputs = split(run.transform.observations(observations), run.devices)
-        actions = to_host(list(map(act_deterministically, run.shards, inputs)))  # (S, E, A)
-        actions = run.transform.environment_actions(actions)
-        for i, j in np.argwhere(playing):
-            step = envs[i, j].step(actions[i, j])
-            observations[i, j], reward, terminated, truncated, _ = step
-            returns[i, j] += reward
-            lengths[i, j] += 1
-            playing[i, j] = not (terminated or truncated)
-    return returns, lengths
-
-
-REFERENCE_RETURNS = {  # random and expert return, from D4RL (Fu et al. 2020, its infos.py)
-    "HalfCheetah-v4": (-280.178953, 12135.0),
-    "Hopper-v4": (-20.272305, 3234.3),
-    "Walker2d-v4": (1.629008, 4592.3),
-    "Ant-v4": (-325.6, 3879.7),
-    "AdroitHandDoor-v1": (-56.512833, 2880.5693087298737),
-    "AdroitHandHammer-v1": (-274.856578, 12794.134825156867),
-    "AdroitHandPen-v1": (96.262799, 3076.8331017826877),
-    "AdroitHandRelocate-v1": (-6.425911, 4233.877797728884),
-    "FrankaKitchen-v1": (0.0, 4.0),
-}
-
-
-def reference_returns(spec):
-    """(random, expert) return of an environment, and where they are from; NaN where none is known.
-    A sparse maze that ends at its goal has return 1 or 0: its score is the success rate."""
-    spec = json.loads(spec)
-    ends = not spec["kwargs"].get("continuing_task", True)
-    if "Maze" in spec["id"] and ends and spec["kwargs"].get("reward_type") != "dense":
-        return 0.0, 1.0, "success rate in percent"
-    # D4RL's kitchen sets on Minari count every finished task again in each step: no such reference
-    counted_again = not spec["kwargs"].get("remove_task_when_completed", True)
-    if spec["id"] in REFERENCE_RETURNS and not counted_again:
-        return *REFERENCE_RETURNS[spec["id"]], "D4RL's, 0 random, 100 expert"
-    return np.nan, np.nan, "no reference known, returns are raw"
-
-
-def evaluation_values(run):
-    """The evaluation's columns, each (S,): means over episodes."""
-    returns, lengths = evaluate(run)  # (S, E)
-    random, expert, _ = reference_returns(run.spec)
-    scores = 100.0 * (returns - random) / (expert - random)  # (S, E)
-    return {"return": returns.mean(1), "length": lengths.mean(1), "score": scores.mean(1)}
-
-
-# -------------------------------------------------------------------------------------- Checkpoint
-
-
-def named_arrays(tree, prefix):
-    """{prefix/path/of/leaf: NumPy array} of a tree."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
+def named_arrays(**trees):
+    """{path/of/leaf: NumPy array}."""
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(trees))
     name = partial(jax.tree_util.keystr, simple=True, separator="/")
-    return {f"{prefix}/{name(path)}": np.asarray(leaf) for path, leaf in leaves}
+    return {name(path): np.asarray(leaf) for path, leaf in leaves}
 
 
-def restore(template, arrays, prefix, path):
-    """A tree like `template` from the named arrays of the checkpoint read from `path`."""
-    leaves, structure = jax.tree.flatten(template)
-    for name, leaf in named_arrays(template, prefix).items():
-        found = arrays[name].shape if name in arrays else "missing"
-        if found != leaf.shape:
-            fail(f"{path}: {name} is {found}, but this run needs {leaf.shape}")
-    unused = {name for name in arrays if name.startswith(f"{prefix}/")}
-    unused -= set(named_arrays(template, prefix))
-    if unused:
-        fail(f"{path}: {min(unused)} has no place in this run; another size of its networks?")
-    return jax.tree.unflatten(structure, [arrays[name] for name in named_arrays(template, prefix)])
-
-
-def save_checkpoint(path, arrays, meta):
-    """Write arrays and meta (JSON) so that a kill at any moment leaves a whole checkpoint: to a
-    temporary file, synced, then renamed; the one before is kept as *.previous.npz."""
-    temporary, previous = path.with_suffix(".tmp"), path.with_suffix(".previous.npz")
+def save(folder, arrays, meta):
+    """metrics.csv, then checkpoint.npz: a kill at any moment leaves the old one or the new one."""
+    temporary = folder / f"checkpoint.{os.getpid()}.tmp"
+    names = ("phase", "step", "seed", *METRICS, "return", "score", "updates_per_second", "seconds")
     try:
+        with open(folder / "metrics.csv", "w") as file:
+            table = [names, *([row.get(name, "") for name in names] for row in meta["rows"])]
+            csv.writer(file, lineterminator="\n").writerows(table)
         with open(temporary, "wb") as file:
-            text = json.dumps(meta | {"arrays": sorted(arrays)}).encode()
-            np.savez(file, meta=np.frombuffer(text, np.uint8), **arrays)
+            np.savez(file, meta=np.frombuffer(json.dumps(meta).encode(), np.uint8), **arrays)
             file.flush()
             os.fsync(file.fileno())
-        if path.exists():
-            os.replace(path, previous)
-        os.replace(temporary, path)
+        os.replace(temporary, folder / "checkpoint.npz")
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        fail(f"cannot write {path} ({error.strerror}); the checkpoint before it is whole", code=4)
+        raise SystemExit(f"{folder}: {error.strerror}; the checkpoint before is whole") from None
 
 
-def load_checkpoint(path):
-    """(arrays, meta, path read) of a checkpoint or a run folder. Every byte is checked (the zip's
-    CRC-32); for a damaged or missing file the one before is taken, with a warning."""
-    path = Path(path) / "checkpoint.npz" if Path(path).is_dir() else Path(path)
-    warnings = []
-    for candidate in (path, path.with_suffix(".previous.npz")):
-        try:
-            with np.load(candidate, allow_pickle=False) as file:
-                if file.zip.testzip():  # NumPy reads, and checks, only as far as a header says
-                    raise ValueError("wrong checksum")
-                arrays = {name: file[name] for name in file.files}
-            meta = json.loads(arrays.pop("meta").tobytes())
-            if meta["arrays"] != sorted(arrays):
-                raise ValueError("arrays are missing")
-        except Exception as error:  # a damaged file fails in many ways
-            warnings.append(f"warning: {candidate}: {type(error).__name__}: {error}")
-        else:
-            for warning in warnings:
-                print(warning, file=sys.stderr)
-            return arrays, meta, candidate
-    return fail(f"{path}: no readable checkpoint")
-
-
-def load_own_checkpoint(path, others=()):
-    """load_checkpoint, refusing one of a script that is neither this one nor among `others`."""
-    arrays, meta, found = load_checkpoint(path)
-    if meta.get("script") not in (Path(__file__).stem, *others):
-        fail(f"{found}: a checkpoint of {meta.get('script')}.py, not of {Path(__file__).name}")
-    return arrays, meta, found
-
-
-def save_run(run):
-    """One checkpoint of all that the run needs to go on, bit for bit on a CPU."""
-    arrays = named_arrays(to_host(run.shards), "state")
-    arrays |= named_arrays(dataclasses.asdict(run.transform), "transform")
-    if run.buffers is not None:
-        buffers = to_host(run.buffers)
-        rows = jax.tree.map(lambda x: x[:, : buffers.size.max()], buffers.rows)
-        arrays |= named_arrays(buffers.replace(rows=rows), "buffer")
-    if run.rollout is not None:
-        arrays["rollout/actions"] = run.rollout.actions
-        arrays["rollout/episodes"] = run.rollout.episodes
-        for i, played in enumerate(run.rollout.played):
-            arrays[f"rollout/played/{i}"] = np.array(played, np.float32)
-    meta = {"script": Path(__file__).stem, "config": dataclasses.asdict(run.config),
-            "spec": run.spec, "pretrain": run.pretrain, "offline": run.offline,
-            "online": run.online, "log_size": run.log_size}
-    save_checkpoint(run.folder / "checkpoint.npz", arrays, meta)
-
-
-def restore_agent(run, source):
-    """Put agent and transform of a checkpoint into `run`; returns the checkpoint."""
-    arrays, meta, found = load_own_checkpoint(source, INIT_FROM)
-    state = restore(to_host(run.shards), arrays, "state", found)
-    run.shards = to_devices(state, run.devices)
-    names = [field.name for field in dataclasses.fields(Transform)]
-    run.transform = Transform(**{name: arrays[f"transform/{name}"] for name in names})
-    return arrays, meta, found
-
-
-def resume_run(run):
-    """Go on where the checkpoint in the run's folder left off; returns it."""
-    arrays, meta, found = restore_agent(run, run.folder)
-    for name in ("pretrain", "offline", "online", "log_size"):
-        setattr(run, name, meta[name])
-    os.replace(found, run.folder / "checkpoint.npz")  # were it the one before: the last is damaged
-    return arrays, found
-
-
-# ---------------------------------------------------------------------- Command line, run folder
-
-
-def locate(config):
-    """Dataset path, environment specification (JSON), and the preset that `auto` stands for."""
-    path = find_dataset(config.dataset)
-    spec = environment_spec(path, config.env_id)
-    return path, spec, "default" if config.dataset is None else domain(json.loads(spec)["id"])
-
-
-def domain(env_id):
-    """Name of the preset for an environment."""
-    words = ("AntMaze", "PointMaze", "Kitchen", "Adroit")
-    return next((word.lower() for word in words if word in env_id), "mujoco")
-
-
-def check_config(config):
-    """Refuse numbers out of range before anything is built."""
-    for name, (low, high) in RANGES.items():
-        value = getattr(config, name)
-        if value is not None and not low <= value <= high:
-            fail(f"--{name.replace('_', '-')} {value}: must be in [{low}, {high}]")
-    for name, values in dataclasses.asdict(config).items():
-        if isinstance(values, tuple) and not all(1 <= width <= 10**5 for width in values):
-            fail(f"--{name.replace('_', '-')} {values}: must be in [1, 100000]")
-    if config.preset != "auto" and config.eval_interval % config.log_interval:
-        fail(f"--eval-interval must be a multiple of --log-interval {config.log_interval}")
-
-
-def check_resumed(config, recorded):
-    """Refuse to go on with a run under settings that are not its own."""
-    check_config(config)
-    free = {"resume", "run_dir", "online_steps", "eval_episodes", "video", "wandb"}
-    free |= {"save_dataset", "dataset_steps", "dataset_policy"}
-    names = [field.name for field in dataclasses.fields(Config) if field.name not in free]
-    changed = [name for name in names if getattr(config, name) != getattr(recorded, name)]
-    if changed:
-        fail(f"--resume {config.resume}: that run has another {', '.join(changed)}")
-
-
-def config_from(text):
-    """A Config from its JSON form."""
+def load(folder):
+    """The arrays and the meta of a run's checkpoint; the zip's checksums are checked."""
     try:
-        values = json.loads(text)
-    except ValueError as error:
-        fail(f"not the configuration of another script or version, but damaged: {error}")
-    unknown = set(values) ^ {field.name for field in dataclasses.fields(Config)}
-    if unknown:
-        fail(f"configuration of another script or version: {', '.join(sorted(unknown))}")
-    return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        arrays = dict(np.load(Path(folder, "checkpoint.npz")))
+        return arrays, json.loads(arrays.pop("meta").tobytes())
+    except Exception as error:  # missing, or damaged in one of many ways
+        raise SystemExit(f"{folder}/checkpoint.npz: unreadable ({error})") from None
+
+
+def restore(template, arrays, folder):
+    """A tree like `template` from a checkpoint's arrays. Fields it has not stay as they are."""
+    own, fields = named_arrays(**template), {name.split("/")[1] for name in arrays}
+    arrays = {name: x for name, x in arrays.items() if name.split("/")[0] in template}
+    arrays |= {name: x for name, x in own.items() if name.split("/")[1] not in fields}
+    if {name: x.shape for name, x in arrays.items()} != {name: x.shape for name, x in own.items()}:
+        raise SystemExit(f"{folder}: an agent with other networks, or of other sizes")
+    return jax.device_put(jax.tree.structure(template).unflatten([arrays[name] for name in own]))
 
 
 def parse_config(arguments):
-    """Command line -> (Config, dataset path, environment specification).
-
-    What counts, weakest first: defaults, preset, data, number and transform of the agents to start
-    from, the record of the run to resume, flags. A resumed run may only change what is not of its
-    past.
-    """
+    """Command line -> Config (flags before preset before defaults), Minari dataset (or None) and
+    environment: --env-id's, else the dataset's for evaluation, which is trained in, too."""
     parse = partial(tyro.cli, Config, args=arguments, description=__doc__)
-    config = parse()
-    if config.eval_only:
-        _, meta, _ = load_own_checkpoint(config.eval_only)
-        default = config_from(json.dumps(meta.get("config", {})))
-        config = parse(default=dataclasses.replace(default, eval_only=config.eval_only))
-        check_config(config)
-        return config, None, meta["spec"]
-    recorded = Path(config.resume or "", "config.json")
-    if config.resume and recorded.is_file():
-        default = config_from(recorded.read_text())
-        config = parse(default=default)
-        if config.preset == "auto":
-            config = dataclasses.replace(config, preset=default.preset)
-        check_resumed(config, default)
-        return config, *locate(config)[:2]
-    check_config(dataclasses.replace(config, preset="auto"))  # the preset is still to come
-    its, data = {}, {}
-    if config.init_from:
-        _, meta, found = load_own_checkpoint(config.init_from, INIT_FROM)
-        names = ("num_seeds", "normalize_observations", "normalize_returns", "reward_scale",
-                 "reward_shift")
-        its = {name: meta["config"].get(name, False) for name in names if hasattr(config, name)}
-        if getattr(config, "dataset", "") is None:  # without a flag it is what they learned from
-            data = {"dataset": meta["config"].get("dataset"),
-                    "env_id": config.env_id or meta["config"].get("env_id")}
-            config = dataclasses.replace(config, **data)
-    path, spec, auto = locate(config)
-    preset = auto if config.preset == "auto" else config.preset
+    config, data = parse(), None
+    at = Path(__file__).resolve().parents[1] / "baselines/datasets" / config.dataset / "data"
+    try:
+        if config.dataset:
+            data = minari.MinariDataset(at) if at.exists() else minari.load_dataset(config.dataset)
+        env = gym.make(config.env_id) if config.env_id else data.recover_environment(eval_env=True)
+        if (env.action_space.low != -env.action_space.high).any():
+            raise ValueError("the box of its actions is not symmetric")
+    except Exception as error:  # not here, not installed, damaged
+        words = f"--dataset {config.dataset} --env-id {config.env_id}: {error}"
+        raise SystemExit(f"{words} (`minari download ID`, or baselines/collect.py)") from None
+    auto = [name for name in PRESETS if name in f"{config.dataset} {env.spec.id}".lower()]
+    preset = [*auto, "mujoco"][0] if config.preset == "auto" else config.preset
     if preset not in PRESETS:
-        fail(f"--preset {preset}: must be auto or one of {', '.join(PRESETS)}")
-    default = dataclasses.replace(Config(), **PRESETS[preset] | its | data)
-    config = dataclasses.replace(parse(default=default), preset=preset)
-    check_config(config)
-    for name, needed in its.items():
-        if getattr(config, name) != needed:
-            flag = "--" + name.replace("_", "-")
-            fail(f"--init-from {found}: was made with {flag} {needed}, not {getattr(config, name)}")
-    return config, path, spec
-
-
-def write_json(path, value):
-    """Write JSON so that a kill leaves the old file or the new one. May raise OSError."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        with open(temporary, "w") as file:
-            file.write(json.dumps(value, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def open_folder(config, dataset):
-    """Make and lock the run's folder, with config.json and versions.json (an entry per start);
-    refuse one that is in use. Returns (folder, lock): the lock holds until the process ends."""
-    script = Path(__file__)
-    name = f"seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    data = Path(config.dataset or "default").with_suffix("") if dataset else Path(config.env_id)
-    data = data.name if data.is_absolute() or ".." in data.parts else data
-    folder = Path(config.resume or config.run_dir or Path("runs", script.stem, data, name))
-    if (folder / "config.json").exists() and not config.resume:
-        fail(f"--run-dir {folder}: holds a run already; go on with it by --resume {folder}")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / "lock", "w")  # noqa: SIM115, it stays open
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        starts = folder / "versions.json"
-        earlier = json.loads(starts.read_text()) if starts.exists() else []
-        write_json(starts, [*earlier, versions(script, dataset, config.init_from)])
-        write_json(folder / "config.json", dataclasses.asdict(config))
-    except BlockingIOError:
-        fail(f"{folder}: another process is at work in it")
-    except ValueError as error:
-        fail(f"{folder / 'versions.json'}: damaged: {error}")
-    except OSError as error:
-        fail(f"--run-dir {folder}: cannot be written ({error.strerror})")
-    return folder, lock
-
-
-def versions(script, dataset, init_from=None):
-    """What makes a run: command, code, data, packages, machine."""
-
-    def git(*words):
-        command = ["git", "-C", str(script.resolve().parent), *words]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            return done.stdout.strip()
-        except (OSError, subprocess.CalledProcessError):  # no git, or no repository
-            return None
-
-    def sha256(file):
-        return hashlib.sha256(file.read_bytes()).hexdigest()
-
-    data = dataset / "main_data.hdf5" if dataset and dataset.is_dir() else dataset
-    agent = init_from and Path(init_from)
-    agent = agent / "checkpoint.npz" if agent and agent.is_dir() else agent
-    found = importlib.metadata.distributions()
-    packages = {d.metadata["Name"].lower(): d.version for d in found if d.metadata["Name"]}
-    settings = {k: v for k, v in os.environ.items() if k.startswith(("JAX_", "XLA_", "OMP_"))}
-    return {
-        "command": sys.argv, "script": script.name, "script_sha256": sha256(script),
-        "git_commit": git("rev-parse", "HEAD"),
-        "git_status": git("status", "--porcelain", "--", script.name),  # not empty: changed since
-        "dataset": str(dataset), "dataset_sha256": sha256(data) if data else None,
-        "python": platform.python_version(), "machine": platform.platform(),
-        "cores": available_cores(), "device": jax.devices()[0].device_kind,
-        "init_from_sha256": sha256(agent) if agent and agent.is_file() else None,
-        "environment_variables": settings, "packages": packages,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-
-
-# ----------------------------------------------------------------------------- Metrics and signals
-
-
-COLUMNS = ["phase", "step", "seed", *METRICS, "episode_return", "episode_length", "return",
-           "length", "score", "updates_per_second", "seconds"]
-
-
-def open_log(run):
-    """metrics.csv, cut where the checkpoint was made, or new; progress bar; wandb."""
-    path = run.folder / "metrics.csv"
-    if not run.log_size:
-        path.write_text(",".join(COLUMNS) + "\n")
-    elif not path.is_file() or path.stat().st_size < run.log_size:
-        fail(f"{path}: shorter than when the checkpoint was made")
-    else:
-        os.truncate(path, run.log_size)
-    offline = 0 if run.config.init_from else getattr(run.config, "offline_steps", 0)
-    total = offline + run.config.online_steps
-    run.bar = tqdm(total=total, initial=run.offline + run.online, disable=None, smoothing=0.05)
-    if run.config.wandb:
-        try:
-            import wandb
-
-            name = hashlib.sha256(str(run.folder.resolve()).encode()).hexdigest()[:12]
-            run.wandb = wandb.init(project="offline-to-online", dir=run.folder, id=name,
-                                   resume="allow", config=dataclasses.asdict(run.config))
-        except Exception as error:  # whatever it is, training goes on without
-            print(f"warning: wandb is off: {type(error).__name__}: {error}", file=sys.stderr)
-
-
-def check_finite(run, phase, values):
-    """End the run where a metric or a parameter is not finite, before it is evaluated or saved."""
-    arrays = values | named_arrays(to_host(run.shards), "state")
-    bad = [name for name, array in arrays.items() if not np.isfinite(array).all()]
-    bad = [name for name in bad if name in METRICS or "/" in name]
-    if bad:
-        write_record(run, f"not finite: {', '.join(bad[:3])}")
-        fail(f"{phase} step {getattr(run, phase)}: not finite: {', '.join(bad[:3])}; the "
-             f"checkpoint in {run.folder} is from before", code=3)
-
-
-def write_log(run, phase, values):
-    """One row of metrics.csv per seed; `values` are (S,) arrays by column."""
-    step = getattr(run, phase)
-    try:
-        with open(run.folder / "metrics.csv", "a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            for i in range(run.config.num_seeds):
-                row = {k: f"{v[i]:.6g}" for k, v in values.items() if np.isfinite(v[i])}
-                writer.writerow({"phase": phase, "step": step, "seed": run.config.seed + i} | row)
-    except OSError as error:
-        fail(f"cannot write metrics.csv ({error.strerror})", code=4)
-    run.log_size = (run.folder / "metrics.csv").stat().st_size
-    means = {name: float(np.mean(value)) for name, value in values.items()}
-    run.bar.set_description(phase, refresh=False)
-    if "updates_per_second" in means:
-        run.shown |= {"updates/s": f"{means['updates_per_second']:.0f}"}
-    if "return" in means:
-        score = f"  score {means['score']:6.1f}" if np.isfinite(means["score"]) else ""
-        tqdm.write(f"{phase:7} {step:>9,}  return {means['return']:8.1f}{score}  "
-                   f"episode length {means['length']:6.1f}")
-        run.shown |= {"return": f"{means['return']:.0f}"}
-    run.bar.set_postfix(run.shown, refresh=False)
-    if run.wandb is not None:
-        try:
-            logged = {f"{phase}/{name}": mean for name, mean in means.items()}
-            run.wandb.log(logged | {f"{phase}/step": step})
-        except Exception as error:  # whatever it is, training goes on without
-            print(f"warning: wandb is off: {type(error).__name__}: {error}", file=sys.stderr)
-            run.wandb = None
-
-
-def write_record(run, ended):
-    """record.json: what was run, on what, how it ended, and every row with an evaluation."""
-    with open(run.folder / "metrics.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    evaluations = [row for row in rows if row["return"]]
-    seconds = {phase: sum(float(row["seconds"] or 0) for row in rows if row["phase"] == phase)
-               / run.config.num_seeds for phase in ("pretrain", "offline", "online")}
-    starts = json.loads((run.folder / "versions.json").read_text())
-    state = hashlib.sha256()
-    for array in jax.tree.leaves(to_host(run.shards)):
-        state.update(array.tobytes())
-    dataset, (random, expert, source) = run.datasets[0], reference_returns(run.spec)
-
-    def value(name, text):
-        return text if name == "phase" else float(text) if text else None
-
-    made = ("started", "git_commit", "script_sha256")
-    record = {
-        "ended": ended,  # "finished", a signal's name, or what was not finite
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "pretrain": run.pretrain, "offline": run.offline, "online": run.online,
-        "resumes": len(starts) - 1,
-        "seconds": seconds,  # of training, by phase
-        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-        "state_sha256": state.hexdigest(),  # of all that training changes in the agents
-        "dataset_rows": None if dataset is None else dataset.rewards.shape[0],
-        "reference": {"random": random, "expert": expert, "source": source}
-        if np.isfinite(expert) else {"source": source},
-        "config": dataclasses.asdict(run.config),
-        "environment": json.loads(run.spec),
-        "starts": [{name: start[name] for name in made} for start in starts],
-        "versions": starts[-1],
-        "curve": {name: [value(name, row[name]) for row in evaluations] for name in COLUMNS},
-    }
-    try:
-        write_json(run.folder / "record.json", record)
-    except OSError as error:
-        fail(f"cannot write record.json ({error.strerror})", code=4)
-
-
-def catch_signals():
-    """SIGTERM, SIGUSR1 and Ctrl-C are noted, and answered after the current chunk: save, exit
-    with 128 + the signal's number. A second one kills at once."""
-    received, numbers = [], (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-
-    def handler(number, frame):
-        received.append(number)
-        for each in numbers:
-            signal.signal(each, signal.SIG_DFL)
-
-    for each in numbers:
-        signal.signal(each, handler)
-    return received
-
-
-def summarize(run):
-    """curve.png, and in words every seed's values at the ends of the phases, and the dip."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    with open(run.folder / "metrics.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["return"]]
-    column = "score" if rows and rows[0]["score"] else "return"
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    begins = {"pretrain": 0, "offline": run.pretrain, "online": run.pretrain + run.offline}
-    for begin in begins.values():
-        axes.axvline(begin, color="black", ls=":", lw=1)
-    for seed in dict.fromkeys(row["seed"] for row in rows):
-        mine = [row for row in rows if row["seed"] == seed]
-        steps = [int(row["step"]) + begins[row["phase"]] for row in mine]
-        axes.plot(steps, [float(row[column]) for row in mine], label=f"seed {seed}")
-        last = {row["phase"]: f"{row['phase']} {float(row[column]):.1f}" for row in mine}
-        online = [float(row[column]) for row in mine if row["phase"] == "online"]
-        lowest = f", lowest online {min(online):.1f}" if online else ""
-        later = online[any(row["phase"] == "online" and row["step"] == "0" for row in mine) :]
-        if later and column == "score":  # Cal-QL's: how much was missed while fine-tuning
-            lowest += f", regret {np.mean([1 - score / 100 for score in later]):.2f}"
-        print(f"seed {seed:4} {column}: {', then '.join(last.values())}{lowest}")
-    axes.set(xlabel="updates offline | environment steps online", ylabel=column,
-             title=str(run.folder))
-    if rows:
-        axes.legend(frameon=False)
-    figure.savefig(run.folder / "curve.png", dpi=150)
-    pyplot.close(figure)
-    print(f"curve     {run.folder / 'curve.png'}")
-
-
-def film(run, path):
-    """video.mp4: one episode of the first seed's deterministic policy."""
-    try:
-        import imageio.v2
-
-        if not os.environ.get("DISPLAY"):
-            os.environ.setdefault("MUJOCO_GL", "egl")
-        env = make_env(run.spec, render_mode="rgb_array")
-        observation, _ = env.reset(seed=episode_seed(2, run.config.seed, 0))
-        seeds, ended = run.config.num_seeds // len(run.devices), False
-        with imageio.v2.get_writer(path, fps=env.metadata.get("render_fps", 30)) as film:
-            film.append_data(env.render())
-            while not ended:
-                x = np.tile(run.transform.observations(observation), (seeds, 1, 1))  # (S / D, 1, O)
-                action = np.asarray(act_deterministically(run.shards[0], x))[0, 0]  # (A,)
-                action = run.transform.environment_actions(action)
-                observation, _, terminated, truncated, _ = env.step(action)
-                film.append_data(env.render())
-                ended = terminated or truncated
-        print(f"film      {path}")
-    except Exception as error:  # no display driver, no encoder: the run itself is not to blame
-        print(f"warning: no film: {' '.join(str(error).split())}; without a screen MuJoCo needs "
-              "Debian's libegl1 (or MUJOCO_GL=osmesa and libosmesa6)", file=sys.stderr)
-
-
-# ---------------------------------------------------------------------------------------- The run
-
-
-@dataclasses.dataclass
-class Run:
-    """One run: what it is made of, how far it is, and what is shown of it."""
-
-    config: Config
-    spec: str  # the environment's, JSON
-    folder: Path
-    devices: list
-    transform: Transform
-    shards: list  # AgentState per device
-    eval_envs: list
-    datasets: list  # Batch per device, or None
-    pretrain: int = 0  # steps or updates done before the offline phase, where a script has them
-    offline: int = 0  # updates done
-    online: int = 0  # environment steps done, per seed
-    log_size: int = 0  # bytes of metrics.csv
-    lock: Any = None
-    buffers: Any = None  # ReplayBuffer per device, once online
-    rollout: Any = None  # Rollout, once online
-    bar: Any = None
-    wandb: Any = None
-    shown: dict = dataclasses.field(default_factory=dict)
-
-
-def create_shards(config, observation_dim, action_dim, devices):
-    """Fresh agents, each from its own seed's key, spread over the devices."""
-    keys = jnp.stack([jax.random.PRNGKey(config.seed + i) for i in range(config.num_seeds)])
-    sizes = {"observation_dim": observation_dim, "action_dim": action_dim}
-    create = partial(create_agent_state, config=config, **sizes)
-    return to_devices(jax.jit(partial(for_each_seed, create))(keys), devices)
-
-
-def start_online(run, saved=None, found=None):
-    """Replay buffers, training environments and first actions: new ones, or a checkpoint's."""
-    blank = blank_transition(len(run.transform.observation_mean), len(run.transform.action_center))
-    filled = saved["buffer/rows/rewards"].shape[1] if saved else 0
-    capacity = max(filled, min(run.config.buffer_size, run.config.online_steps))
-    buffers = empty_buffers(run.config.num_seeds, filled, blank)
-    if saved:
-        buffers = restore(buffers, saved, "buffer", found)
-    pad = empty_buffers(run.config.num_seeds, capacity - filled, blank).rows
-    rows = jax.tree.map(lambda *xs: np.concatenate(xs, axis=1), buffers.rows, pad)
-    # a run with more --online-steps than before: its buffer was full, and has grown
-    position = buffers.size % capacity if filled < capacity else buffers.position
-    run.buffers = to_devices(buffers.replace(rows=rows, position=position), run.devices)
-    run.rollout = start_rollout(run, saved)
-    if not saved:
-        observations = split(run.transform.observations(run.rollout.observations), run.devices)
-        actions, keys = on_every_device(act, run.shards, observations)
-        run.shards = [s.replace(key=key) for s, key in zip(run.shards, keys, strict=True)]
-        run.rollout.actions = to_host(actions)
-
-
-def offline_chunk(run, num_steps):
-    """`num_steps` offline updates of every seed. Returns the mean metrics, (S,)."""
-    update = partial(update_steps, config=run.config, num_steps=num_steps)
-    run.shards, infos = on_every_device(update, run.shards, run.datasets)
-    return to_host(infos)
-
-
-def online_chunk(run, num_steps):
-    """`num_steps` environment steps of every seed, each with its updates. Returns the mean
-    metrics, (S,), and the mean return and length of the training episodes that ended."""
-    infos = []
-    for step in range(run.online, run.online + num_steps):
-        store(run, step_rollout(run))
-        observations = split(run.transform.observations(run.rollout.observations), run.devices)
-        learn = step >= run.config.warmup_steps
-        update = partial(online_step, config=run.config, learn=learn)
-        inputs = run.shards, run.buffers, observations, run.datasets
-        run.shards, actions, info = on_every_device(update, *inputs)
-        run.rollout.actions = to_host(actions)  # (S, A); waits for the device
-        infos += [info] * learn
-    values = jax.tree.map(lambda *xs: np.mean(xs, axis=0), *map(to_host, infos)) if infos else {}
-    return values | finished_episodes(run)
-
-
-def finished_episodes(run):
-    """Mean return and length, (S,), of the training episodes that ended since the last log."""
-    values = {}
-    for column, name in ((1, "episode_return"), (2, "episode_length")):
-        values[name] = np.full(run.config.num_seeds, np.nan)
-        for i in {episode[0] for episode in run.rollout.finished}:
-            values[name][i] = np.mean([e[column] for e in run.rollout.finished if e[0] == i])
-    run.rollout.finished.clear()
-    return values
-
-
-def train(run, phase, chunk, num_steps, received, unit=1):
-    """Chunk by chunk, each a multiple of `unit` steps, up to `num_steps` (or the first multiple
-    above): log, evaluate, save, and answer a signal. Where the number of updates does not follow
-    from that of the steps, `chunk` gives it as "updates"."""
-    config, per_step = run.config, 1 if phase == "offline" else run.config.utd_ratio
-    while getattr(run, phase) < num_steps:
-        begin, done = time.time(), getattr(run, phase)
-        size = min(config.log_interval - done % config.log_interval, num_steps - done)
-        size += -size % unit
-        values = chunk(run, size)
-        done += size
-        setattr(run, phase, done)
-        seconds = time.time() - begin
-        learnt = phase == "offline" or "actor_loss" in values  # not while warming up
-        updates = values.pop("updates", size * per_step * config.num_seeds * learnt)
-        check_finite(run, phase, values)
-        values |= {"updates_per_second": np.full(config.num_seeds, updates / seconds),
-                   "seconds": np.full(config.num_seeds, seconds)}
-        passed = done // config.eval_interval > (done - size) // config.eval_interval
-        evaluated = passed or done >= num_steps
-        if evaluated:
-            values |= evaluation_values(run)
-        write_log(run, phase, values)
-        run.bar.update(size)
-        leaving = bool(received)  # read once: a signal may come while we save
-        if evaluated or leaving:
-            save_run(run)
-        if leaving:
-            run.bar.close()
-            name = signal.Signals(received[0]).name
-            write_record(run, name)
-            print(f"{name}: saved; go on with --resume {run.folder}", file=sys.stderr)
-            raise SystemExit(128 + received[0])
-
-
-def evaluate_checkpoint(config, spec):
-    """--eval-only: the score of a saved agent, and on demand a film of it."""
-    arrays, _, found = load_checkpoint(config.eval_only)
-    sizes = len(arrays["transform/observation_mean"]), len(arrays["transform/action_center"])
-    devices = seed_devices(config.num_seeds)
-    envs = [make_env(spec) for _ in range(config.num_seeds * config.eval_episodes)]
-    shards = create_shards(config, *sizes, devices)
-    run = Run(config, spec, found.parent, devices, None, shards, envs, None)
-    restore_agent(run, found)
-    values = evaluation_values(run)
-    for i in range(config.num_seeds):
-        row = ", ".join(f"{name} {value[i]:.1f}" for name, value in values.items())
-        print(f"seed {config.seed + i}: {row}")
-    if config.video:
-        film(run, found.parent / "video.mp4")
-
-
-# -------------------------------------------------------------------------------------------- main
-
-
-def describe(run, dataset, arrays):
-    """Say what is trained on what, before anything compiles."""
-    returns = episode_returns(arrays)
-    rewards = run.transform.rewards(arrays["rewards"])
-    discounted = discounted_returns(rewards, arrays["ends"], run.config.discount).mean()
-    settings = [f"{name} {getattr(run.config, name)}" for name in PRESETS[run.config.preset]]
-    print(f"dataset   {dataset}: {len(rewards):,} steps, {len(returns):,} trajectories")
-    print(f"          return {returns.mean():.1f} ({returns.min():.1f} ... {returns.max():.1f}); "
-          f"discounted, in the agent's units {discounted:.2f}: compare q")
-    print(f"env       {json.loads(run.spec)['id']}; score: {reference_returns(run.spec)[2]}")
-    print(f"preset    {run.config.preset}: {', '.join(settings)}")
-    print(f"run       {run.folder}", flush=True)
+        raise SystemExit(f"--preset {preset}: must be auto or one of {', '.join(PRESETS)}")
+    config = parse(default=dataclasses.replace(Config(), **PRESETS[preset]))
+    return dataclasses.replace(config, preset=preset), data, env
 
 
 def main(arguments=None):
-    gym.logger.min_level = gym.logger.ERROR  # no warnings that a -v4 environment is not the newest
-    config, dataset, spec = parse_config(arguments)
-    use_all_cores(config.num_seeds)
-    if config.eval_only:
-        evaluate_checkpoint(config, spec)
-        return
-    received = catch_signals()
-    eval_envs = [make_env(spec) for _ in range(config.num_seeds * config.eval_episodes)]
-    arrays = read_dataset(dataset)
-    check_dataset(arrays, eval_envs[0], dataset)
-    transform = fit_transform(arrays, eval_envs[0].action_space, config)
-    (folder, lock), devices = open_folder(config, dataset), seed_devices(config.num_seeds)
-    shards = create_shards(config, *eval_envs[0].observation_space.shape,
-                           *eval_envs[0].action_space.shape, devices)
-    run = Run(config, spec, folder, devices, transform, shards, eval_envs, None, lock=lock)
-    if any(folder.glob("checkpoint*.npz")):
-        saved, found = resume_run(run)
-        if "rollout/actions" in saved:
-            start_online(run, saved, found)
+    gym.logger.min_level = gym.logger.ERROR  # no advice that a -v4 environment is not the newest
+    config, data, env = parse_config(arguments)
+    dataset, source = load_dataset(config, data, env)
+    failure = rescale(config.failure_reward, *source["units"]["rewards"])
+    config = dataclasses.replace(config, failure_reward=float(failure))  # in the agent's units
+    returns = monte_carlo_returns(dataset.rewards, dataset.masks, dataset.ends, config)
+    dataset = dataset.replace(mc_returns=returns)
+    script, seeds = Path(__file__).stem, range(config.seed, config.seed + config.num_seeds)
+    default = f"runs/{script}/{config.dataset or config.env_id}/seed{config.seed}"
+    folder = Path(config.run_dir or default)
+    said = {"script": script, **dataclasses.asdict(config), **source, "run_dir": "", "wandb": False}
+    said = json.loads(json.dumps(said))
+    inputs = {"observation": dataset.observations[:1], "action": dataset.actions[:1]}
+    create = partial(for_each_seed, partial(create_agent, config=config, **inputs))
+    agents = jax.jit(create)(jnp.stack([jax.random.PRNGKey(seed) for seed in seeds]))
+    shape = config.num_seeds, max(1, min(config.buffer_size, config.online_steps))
+    buffers = jax.tree.map(lambda x: jnp.zeros((*shape, *x.shape[1:]), np.float32), dataset)
+    state = {"agents": agents, "buffers": buffers}
+    done, rows = 0, []  # rounds, and rows of metrics.csv
+    if (folder / "checkpoint.npz").exists():
+        arrays, meta = load(folder)
+        its, done, rows = meta["config"], meta["done"], meta["rows"]
+        if other := [name for name in said | its if said.get(name) != its.get(name)]:
+            raise SystemExit(f"{folder}: a run with another {', '.join(other)}; choose a --run-dir")
+        state = restore(state, arrays, folder)
     elif config.init_from:
-        restore_agent(run, config.init_from)
-        run.shards = [s.replace(key=fresh.key) for s, fresh in zip(run.shards, shards, strict=True)]
-    batch = batch_with_returns(arrays, run.transform, config)
-    run.datasets = [jax.device_put(batch, device) for device in devices]
-    describe(run, dataset, arrays)
-    open_log(run)
-    if not config.init_from:
-        train(run, "offline", offline_chunk, config.offline_steps, received)
-    if config.online_steps and run.rollout is None:
-        start_online(run)
-        if run.offline == 0:  # otherwise the last offline evaluation is the one at the switch
-            write_log(run, "online", evaluation_values(run))
-    train(run, "online", online_chunk, config.online_steps, received)
-    run.bar.close()
-    write_record(run, "finished")
-    summarize(run)
-    if config.video:
-        film(run, folder / "video.mp4")
+        arrays, meta = load(config.init_from)
+        if meta["config"]["script"] not in INIT_FROM or meta["config"]["units"] != said["units"]:
+            raise SystemExit(f"--init-from {config.init_from}: of another script, or other units")
+        arrays["agents/key"] = np.asarray(agents.key)
+        state |= restore({"agents": agents}, arrays, config.init_from)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(said, indent=1))
+    if config.wandb:
+        import wandb
+
+        name = "-".join(folder.resolve().parts[1:])[-100:]
+        wandb.init(project="offline-to-online", id=name, resume="allow", config=said)
+    skip = -1 if config.init_from else 0  # then the first round has no steps: the score before
+    rounds = [
+        (phase, train, max(first, 0), min(first + config.interval, steps))
+        for phase, steps, train in [*phases(config)][skip:]
+        for first in range(skip * config.interval, steps, config.interval)
+    ]
+    sizes = [last - first for *_, first, last in rounds]
+    bar = tqdm(total=sum(sizes), initial=sum(sizes[:done]), smoothing=0.05, disable=None)
+    make = partial(gym.vector.SyncVectorEnv, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    eval_envs = make([partial(make_env, source)] * config.num_seeds * config.eval_episodes)
+    run = config, jax.device_put(dataset), make([partial(make_env, source)] * config.num_seeds), bar
+    for phase, train, first, last in rounds[done:]:
+        begin = time.time()
+        state["agents"], state["buffers"], info = train(*state.values(), run, first, last)
+        seconds, arrays = time.time() - begin, named_arrays(**state)
+        speed = info.pop("updates") * config.num_seeds / seconds
+        if bad := [name for name, x in (info | arrays).items() if not np.isfinite(x).all()]:
+            raise SystemExit(f"{phase} step {last}: {', '.join(bad[:3])} not finite; not saved")
+        info |= evaluate(state["agents"], eval_envs, source, config)
+        for i, seed in enumerate(seeds):
+            values = {name: f"{x[i]:.6g}" for name, x in info.items() if np.isfinite(x[i])}
+            row = {"phase": phase, "step": last, "seed": seed, "seconds": f"{seconds:.3f}"}
+            rows.append(row | {"updates_per_second": f"{speed:.1f}"} | values)
+        done += 1
+        save(folder, arrays, {"config": said, "done": done, "rows": rows})
+        means = {name: float(np.mean(x)) for name, x in info.items() if np.isfinite(x).all()}
+        shown = "  ".join(f"{name} {x:.1f}" for name, x in means.items() if name in "return score")
+        tqdm.write(f"{phase:8} {last:>9,}  {shown}")
+        if config.wandb:
+            wandb.log({f"{phase}/{name}": x for name, x in means.items()} | {"step": last})
 
 
 if __name__ == "__main__":

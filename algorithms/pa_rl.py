@@ -1,105 +1,67 @@
 """Policy-agnostic RL (PA-RL): one actor-critic method for any class of policy.
 
 Most offline-to-online methods send the critic's gradient through the policy, or need its density.
-PA-RL asks less of a policy: that it can be sampled, and be trained by its own supervised loss.
-The critic improves actions, not parameters: of several samples the best are kept (globally), then
-each climbs Q by a few steps (locally). The policy learns to imitate what comes out, and the critic
-backs up the same optimised actions. Diffusion, tokens or a Gaussian: the algorithm is the same.
+PA-RL needs one that can be sampled, and trained by its own supervised loss. The critic improves
+actions, not parameters: of several samples the best are kept (globally), then each climbs Q by a
+few steps (locally). The policy imitates what comes out, pi*, and the critic backs it up.
 
     Mark, Gao, Sampaio, Srirama, Sharma, Finn, Kumar: Policy Agnostic RL: Offline RL and Online RL
     Fine-Tuning of Any Class and Backbone, arXiv 2412.06685
 
-    global step  A_k(s)  = the kept_actions best by mean_i Q_i(s, a) of base_actions samples of
-                 pi(s)
+    global step  A_k(s)  = the kept_actions best by mean_i Q_i(s, a) of base_actions a ~ pi(s)
     local step   a'      = clip(a + ascent_rate * grad_a mean_i Q_i(s, a)), ascent_steps times for
                  each a in A_k(s); of all its positions the best by mean_i Q_i stays
-    select       pi*(a | s) = softmax of mean_i Q_i(s, a') over the actions a' of A_k(s) after their
-                 local steps, or the best one
+    select       pi*(a | s) = softmax of mean_i Q_i(s, a') over the actions a', or the best one
     actor        L_pi    = E[ the policy's own loss of a* in s ], a* ~ pi*(s), where the data's
                  action has taken the place of the worst kept one before the local steps
     critic       L_Q     = E[ error(Q_i(s, a), r + discount * max_j min_n Qtarget_n(s', a*_j)) ]
-                 + cql_alpha * D, a*_j ~ pi*(s'), over all critics i; n: a random pair of them,
-                 drawn for the target and for D
-    value error  error(Q, y) = (Q - y)^2, or the cross-entropy between Q's histogram and a Gaussian
-                 around y (HL-Gauss)
+                 + cql_alpha * D, a*_j ~ pi*(s'), over all i; n: a random pair of critics
+    value error  error(Q, y) = (Q - y)^2, or the cross-entropy of Q's histogram (HL-Gauss)
     difference   D       = E[ log mean_j exp Q_n(s, a_j) - Q_n(s, a) ], Cal-QL's: a_j uniform, from
                  pi*(s'), pi*(s) and the data, max(Q_n, Monte-Carlo return) for those of pi*
-    value        L_V     = E[ |expectile - 1(u < 0)| u^2 ], u = min_n Qtarget_n(s, a) - V(s), and
-                 V(s') in the critic's target, with --critic iql; no difference, nor with rlpd
+    value        L_V     = E[ |expectile - 1(u < 0)| u^2 ], u = min_n Qtarget_n(s, a) - V(s), with
+                 --critic iql: the critic's target has V(s'), and there is no difference
 
     python algorithms/pa_rl.py                                    # the dataset in this repository
     python algorithms/pa_rl.py --policy transformer --dataset D4RL/antmaze/umaze-diverse-v1
 
-First the policy is cloned (pretrain), then the critic learns with the policy frozen (offline), then
-after every episode as many distillation and then critic updates as it had steps (online).
+The policy is cloned (pretrain), the critic learns with the policy frozen (offline), and then after
+every episode as many distillations and then critic updates follow as it had steps (online).
 
 Deviations from the authors' code (github.com/MaxSobolMark/PolicyAgnosticRL):
  1. Targets take actions from the softmax, as in the code that made the paper's figures; its release
-    takes the best one (--target-selection argmax).
- 2. The optimised actions of s and s' are computed once per batch; the release does it three times.
-    Copies of one best action count in the difference by their number, not by being evaluated.
- 3. The data are Minari's, and masks are theirs, not read off the rewards: the same where success
-    ends an episode, which it does not in D4RL/kitchen, D4RL/antmaze and D4RL/pointmaze.
- 4. A failed online episode has the return of endless failure, as in Cal-QL, not its finite sum.
- 5. A histogram's target outside its range counts as the nearest end.
- 6. Critics are drawn with replacement, but all of them count where there are no more than are
-    drawn, as on a CPU.
- 7. The tokens are sampled with fresh noise per dimension and without dropout; the release keeps the
-    noise and leaves dropout on.
- 8. With --critic rlpd the policy itself acts, and imitates the data, until the first episode's
-    critic updates.
- 9. Evaluation draws its noise from the observations, so that it can be repeated.
-10. Online time is counted in environment steps, not in episodes.
-11. Of the layers that the authors initialise with 1e-2 only the critics' outputs are; V's, the
-    policies' and the critics' last hidden one (LayerNorm rescales it) like other hidden layers.
-12. With --critic iql, whose release does not run, V is an MLP without LayerNorm and learns before Q
-    from a random pair of critics.
-13. The Gaussian's settings, the presets of Adroit, MuJoCo and PointMaze (the first two with a
+    takes the best one (--target-selection argmax), and optimises them thrice per batch, not once.
+ 2. Masks are the Minari data's, not read off the rewards: the same where success ends an episode,
+    which it does not in D4RL's kitchen, antmaze and pointmaze. A failed online episode has the
+    return of endless failure, as in Cal-QL, not its finite sum.
+ 3. A histogram's target outside its range counts as the nearest end. All critics count where there
+    are no more than are drawn (with replacement). Only their outputs are initialised with 1e-2, and
+    V's; in the release also the policies', and the layer before, which LayerNorm rescales.
+ 4. Tokens are sampled with fresh noise per dimension and without dropout. Evaluation's noise comes
+    from the observations. Until the critic has learnt, the policy itself acts, and imitates data.
+ 5. Online time is counted in environment steps. Rounds begin with fresh episodes; the last ones are
+    cut off, as by a time limit, and learnt from like finished ones.
+ 6. With --critic iql, whose release does not run, V has no LayerNorm and learns before Q from a
+    random pair of critics. RLPD's critic, images and OpenVLA are not here.
+ 7. The Gaussian's settings, the presets of Adroit, MuJoCo and PointMaze (the first two with a
     scalar Q, as their returns have no known bound) and the short default run are ours; kitchen's
-    online learning rate, the diffusion's, holds for every class. No images, no OpenVLA.
+    online learning rate, the diffusion's, holds for every class.
 """
 
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#   "jax==0.10.2",
-#   "flax==0.12.8",
-#   "optax==0.2.8",
-#   "distrax==0.1.9",
-#   "tfp-nightly==0.26.0.dev20261027",
-#   "chex==0.1.92",
-#   "numpy==2.4.6",
-#   "scipy==1.17.1",
-#   "gymnasium[mujoco]==1.4.0",
-#   "mujoco==3.11.0",
-#   "minari[hdf5,hf]==0.5.4",
-#   "h5py==3.16.0",
-#   "huggingface-hub==2.4.0",
-#   "tyro==1.0.16",
-#   "tqdm==4.70.1",
-#   "matplotlib==3.11.2",
-#   "imageio[ffmpeg]==2.38.1",
-#   "imageio-ffmpeg==0.8.1",
+#   "jax==0.10.2", "flax==0.12.8", "optax==0.2.8", "distrax==0.1.9", "numpy==2.4.6",
+#   "tfp-nightly==0.26.0.dev20261027", "gymnasium[mujoco]==1.4.0", "gymnasium-robotics==1.4.2",
+#   "mujoco==3.11.0", "minari[hdf5,hf]==0.5.4", "tyro==1.0.16", "tqdm==4.70.1",
 # ]
 # ///
-import contextlib
 import csv
 import dataclasses
-import difflib
-import fcntl
 import hashlib
-import importlib.metadata
-import importlib.util
 import json
-import logging
 import os
-import platform
-import resource
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -108,7 +70,6 @@ import distrax
 import flax
 import flax.linen as nn
 import gymnasium as gym
-import h5py
 import jax
 import jax.numpy as jnp
 import minari
@@ -118,67 +79,59 @@ import tyro
 from flax.training.train_state import TrainState
 from tqdm import tqdm
 
+
 # ---------------------------------------------------------------------------------------- Config
-
-
 @dataclasses.dataclass(frozen=True)
 class Config:
     # Run
     seed: int = 0  # the first seed
     num_seeds: int = 1  # seeds trained side by side: seed, seed + 1, ...
-    preset: str = "auto"  # settings of a domain, see PRESETS; auto: from the environment
+    preset: str = "auto"  # settings of a domain, see PRESETS; auto: from dataset and environment
+    dataset: str = "hopper/sac-medium-replay-v0"  # Minari id, on this machine
+    env_id: str = ""  # Gymnasium id; default: the dataset's evaluation environment
     pretrain_steps: int = 3_000_000  # updates of the policy on the dataset, by cloning
     offline_steps: int = 1_000_000  # updates of the critic on the dataset after that
     online_steps: int = 500_000  # environment steps after that, per seed
-    eval_interval: int = 5_000  # updates (pretrain, offline) or environment steps (online)
+    interval: int = 10_000  # updates or environment steps per round: train, evaluate, save
     eval_episodes: int = 10  # per evaluation and seed
-    log_interval: int = 1_000  # updates or environment steps per row of metrics.csv
-    run_dir: str | None = None  # folder of this run; default: runs/<script>/<dataset>/<name>
-    resume: str | None = None  # folder of a run to go on with (a new run where there is none)
-    init_from: str | None = None  # checkpoint or run folder: skip all but the online phase
-    eval_only: str | None = None  # checkpoint or run folder: evaluate it and stop
-    video: bool = False  # film one episode at the end: video.mp4
+    run_dir: str = ""  # folder of this run; default: runs/<script>/<dataset>/seed<seed>
+    init_from: str = ""  # folder of a finished run: skip all but the last phase, use its agents
     wandb: bool = False  # also log to Weights & Biases
-    # Data
-    dataset: str | None = None  # Minari id, folder or file; default: --init-from's, else the repo's
-    env_id: str | None = None  # Gymnasium id; needed with a flat file, else the dataset's
+    # Data and optimisation
     normalize_observations: bool = False  # by the dataset's mean and standard deviation
     normalize_returns: bool = False  # rewards times 1000 / (max - min return in the dataset)
     reward_scale: float = 1.0  # r <- reward_scale * r + reward_shift, after the above
     reward_shift: float = 0.0  # see reward_scale
-    # Optimisation
     batch_size: int = 256  # transitions per update
     discount: float = 0.99  # per step
     tau: float = 0.005  # target critic: fraction of the new critic per update
-    buffer_size: int = 1_000_000  # online transitions kept, per seed
+    buffer_size: int = 1_000_000  # online transitions kept, per seed; the oldest go first
     critic_hidden_dims: tuple[int, ...] = (256, 256, 256, 256)  # widths of the critics and of V
     learning_rate: float = 3e-4  # Adam, critics and V
-    utd_ratio: int = 1  # critic updates per environment step
-    distillation_ratio: int = 1  # policy updates per environment step
     # Policy
-    policy: str = "diffusion"  # diffusion, transformer or gaussian, see POLICIES
+    policy: Literal["diffusion", "transformer", "gaussian"] = "diffusion"  # see POLICIES
     hidden_dims: tuple[int, ...] = (256, 256)  # widths of the Gaussian
     policy_width: int = 256  # of diffusion's and the transformer's blocks
     policy_blocks: int | None = None  # of them; by default the class's, see POLICY_SETTINGS
     denoising_steps: int = 5  # of the diffusion
     action_bins: int = 128  # tokens per action dimension of the transformer
-    attention_heads: int = 8  # of the transformer
+    attention_heads: int = 8  # of the transformer; they divide policy_width
     dropout_rate: float = 0.1  # in diffusion and transformer, while they learn
-    cloning_learning_rate: float | None = None  # Adam, offline; by default the class's
+    cloning_learning_rate: float | None = None  # Adam, pretraining; by default the class's
     policy_learning_rate: float | None = None  # Adam, online; by default the class's
     policy_warmup: int = 2_000  # updates over which a policy's learning rate rises
     cloning_schedule: Literal["cosine", "constant"] | None = None  # by default the class's
     policy_tau: float | None = None  # sampled policy: fraction of the new one per update; 1: itself
     # Action optimisation
     base_actions: int = 32  # samples of the policy per state
-    kept_actions: int = 10  # the best of them
+    kept_actions: int = 10  # the best of them, at least 2: online the data's action replaces one
     ascent_steps: int = 10  # gradient steps on each action; 0: the global step alone
     ascent_rate: float = 3e-4  # of a gradient step, in the agent's action units
     target_selection: Literal["softmax", "argmax"] = "softmax"  # actions of targets and difference
     acting_selection: Literal["softmax", "argmax"] = "argmax"  # actions of training episodes
     distillation_selection: Literal["softmax", "argmax"] = "softmax"  # actions to be imitated
     # Critic
-    critic: Literal["cal_ql", "iql", "rlpd"] = "cal_ql"  # rlpd: no offline phase, no difference
+    critic: Literal["cal_ql", "iql"] = "cal_ql"  # what its target and its loss are
     num_critics: int = 10  # Q-functions
     target_critics: int = 2  # of them, drawn anew for every target: their minimum counts
     value_bins: int = 0  # of the histogram that stands for Q; 0: a scalar and squared errors
@@ -187,265 +140,105 @@ class Config:
     value_std: float = 0.75 * 2**0.5  # of a target, in bins: 0.75, which the authors' code widens
     cql_alpha: float = 0.005  # weight of the difference
     num_actions: int = 10  # actions of each of the three sources, per state
-    offline_ratio: float = 0.5  # of a critic's online batch; negative: all rows equally likely
+    offline_ratio: float = 0.5  # of a critic's online batch
     expectile: float = 0.7  # of V, with --critic iql
     return_rule: Literal["finite", "infinite", "sparse"] = "finite"  # see monte_carlo_returns
     failure_reward: float = 0.0  # of a step without success, in the environment's units
 
 
-POLICY_SETTINGS = {  # what a class has by default
-    "diffusion": dict(
-        policy_blocks=3, cloning_learning_rate=3e-4, policy_learning_rate=5e-5,
-        cloning_schedule="cosine", policy_tau=0.002,
-    ),
-    "transformer": dict(
-        policy_blocks=4, cloning_learning_rate=1e-4, policy_learning_rate=1e-4,
-        cloning_schedule="constant", policy_tau=1.0,
-    ),
-    "gaussian": dict(
-        policy_blocks=0, cloning_learning_rate=3e-4, policy_learning_rate=1e-4,
-        cloning_schedule="constant", policy_tau=1.0,
-    ),
-}
-PRESETS = {
-    "antmaze": dict(
-        reward_shift=-1.0, value_bins=128, value_min=-100.0, return_rule="sparse",
-        eval_episodes=50, eval_interval=50_000,
-    ),
+POLICY_SETTINGS = {  # what a class of policy has where nothing else is given
+    "diffusion": dict(policy_blocks=3, cloning_learning_rate=3e-4, policy_learning_rate=5e-5,
+                      cloning_schedule="cosine", policy_tau=0.002),
+    "transformer": dict(policy_blocks=4, cloning_learning_rate=1e-4, policy_learning_rate=1e-4,
+                        cloning_schedule="constant", policy_tau=1.0),
+    "gaussian": dict(policy_blocks=0, cloning_learning_rate=3e-4, policy_learning_rate=1e-4,
+                     cloning_schedule="constant", policy_tau=1.0),
+}  # fmt: skip
+MAZE = dict(reward_shift=-1.0, value_bins=128, return_rule="sparse", eval_episodes=100)
+MUJOCO_TASKS = dict(normalize_observations=True, normalize_returns=True, cql_alpha=0.01)
+PRESETS = {  # auto: the first whose name is in the dataset's or the environment's, else mujoco
+    "sac-medium-replay": MUJOCO_TASKS | dict(  # what a CPU does in minutes
+        pretrain_steps=40_000, offline_steps=8_000, online_steps=4_000, interval=2_000,
+        policy_warmup=1_000, policy_width=64, policy_blocks=2, attention_heads=4, base_actions=16,
+        kept_actions=4, ascent_steps=5, critic_hidden_dims=(128, 128), num_critics=2, tau=0.02,
+        num_actions=4, batch_size=64),
+    "antmaze": MAZE | dict(interval=50_000),
+    "pointmaze": MAZE | dict(interval=50_000),
     "kitchen": dict(
         reward_shift=-4.0, value_bins=128, value_min=-400.0, critic_hidden_dims=(512,) * 3,
         offline_steps=500_000, offline_ratio=0.25, policy_learning_rate=1e-5,
-        acting_selection="softmax", online_steps=280_000, eval_episodes=50, eval_interval=14_000,
-        log_interval=1_000,
-    ),
+        acting_selection="softmax", online_steps=280_000, eval_episodes=50, interval=14_000),
     "adroit": dict(normalize_returns=True, cql_alpha=0.01, online_steps=200_000),
-    "mujoco": dict(
-        normalize_observations=True, normalize_returns=True, cql_alpha=0.01, online_steps=200_000,
-    ),
-}
-PRESETS["pointmaze"] = PRESETS["antmaze"]
-CPU = dict(  # what a CPU does in minutes
-    pretrain_steps=40_000, offline_steps=8_000, online_steps=4_000, eval_interval=2_000,
-    eval_episodes=10, policy_warmup=1_000, critic_hidden_dims=(128, 128), num_critics=2, tau=0.02,
-    policy_width=64, policy_blocks=2, attention_heads=4, base_actions=16, kept_actions=4,
-    ascent_steps=5, num_actions=4, batch_size=64,
-)
-PRESETS |= {f"{name}-cpu": PRESETS[name] | CPU for name in list(PRESETS)}
-PRESETS["default"] = PRESETS["mujoco-cpu"]  # for the repository's own dataset
-PRESETS["smoke"] = PRESETS["mujoco-cpu"] | dict(
-    pretrain_steps=200, offline_steps=200, online_steps=200, eval_interval=100, eval_episodes=1,
-    policy_warmup=50, log_interval=50,
-)
-
-RANGES = {  # smallest and largest accepted value
-    "num_seeds": (1, 4096), "pretrain_steps": (0, 10**9), "offline_steps": (0, 10**9),
-    "online_steps": (0, 10**9), "eval_interval": (1, 10**9), "eval_episodes": (1, 10**4),
-    "log_interval": (1, 10**9), "batch_size": (1, 10**6), "discount": (0.0, 0.999999),
-    "tau": (0.0, 1.0), "buffer_size": (1, 10**9), "learning_rate": (0.0, 1.0),
-    "utd_ratio": (0, 1000), "distillation_ratio": (0, 1000), "seed": (0, 2**31 - 1),
-    "policy_width": (1, 10**5), "policy_blocks": (0, 1000), "denoising_steps": (1, 1000),
-    "action_bins": (2, 10**5), "attention_heads": (1, 1000), "dropout_rate": (0.0, 0.999),
-    "cloning_learning_rate": (0.0, 1.0), "policy_learning_rate": (0.0, 1.0),
-    "policy_warmup": (0, 10**9), "policy_tau": (0.0, 1.0), "base_actions": (1, 10**4),
-    "kept_actions": (1, 10**4), "ascent_steps": (0, 10**4), "ascent_rate": (0.0, 1e6),
-    "num_critics": (1, 100), "target_critics": (1, 100), "value_bins": (0, 10**5),
-    "value_min": (-1e9, 1e9), "value_max": (-1e9, 1e9), "value_std": (1e-3, 1e3),
-    "cql_alpha": (0.0, 1e6), "num_actions": (1, 1000), "offline_ratio": (-1.0, 1.0),
-    "expectile": (1e-6, 1 - 1e-6), "reward_scale": (-1e9, 1e9), "reward_shift": (-1e9, 1e9),
-}
-
-INIT_FROM = ("pa_rl",)  # scripts whose checkpoints --init-from takes
-
-METRICS = {  # every column of metrics.csv that is the algorithm's own, with its healthy range
+    "mujoco": MUJOCO_TASKS | dict(online_steps=200_000),
+}  # fmt: skip
+INIT_FROM = ("pa_rl",)  # scripts whose agents --init-from takes
+METRICS = {  # the algorithm's own columns of metrics.csv, with their healthy range
     "actor_loss": "the policy's own supervised loss; falls while cloning, online it may rise a bit",
     "critic_loss": "TD part: squared error, or cross-entropy (nats), mean over critics; bounded",
     "difference": "soft maximum of Q minus Q of the data; falls, online it may rise for a while",
     "value_loss": "expectile loss of V, with --critic iql; small next to critic_loss",
     "q": "mean Q of the batch; below the discounted return, never far above",
-    "below_return": "share of the policy's actions whose Q is below the Monte-Carlo return: lifted "
-    "to it, without gradient",
-    "base_q": "mean Q of the policy's samples; below kept_q; online it rises towards it; with "
-    "--critic iql this and the next three are distillation's, online only",
+    "below_return": "share of pi*'s actions whose Q is below the return, and counts as the return",
+    "base_q": "mean Q of the policy's samples (with --critic iql these four are distillation's)",
     "kept_q": "mean Q of the best of them; the gap to base_q is what the global step gains",
-    "optimised_q": "mean Q after the local steps; never below kept_q, save where the data's action "
-    "has replaced the worst one (--critic iql)",
+    "optimised_q": "mean Q after the local steps; not below kept_q, but by the data's action (iql)",
     "moved": "mean change of an action's dimension by the local steps; far below 1",
 }
 
-# --------------------------------------------------------------------- Networks and distributions
 
-
+# -------------------------------------------------------------------------------------- Networks
 def orthogonal(key, shape, dtype=jnp.float32):
-    """Orthogonal initialisation with gain sqrt(2). Under vmap one matrix after the other: XLA's
-    batched QR can wait for itself for ever where there are few cores."""
+    """Orthogonal, gain sqrt(2); under vmap in turn, for XLA's batched QR can hang on few cores."""
     draw = partial(nn.initializers.orthogonal(2**0.5), shape=shape, dtype=dtype)
     return jax.custom_batching.sequential_vmap(draw)(key)
 
 
-def near_zero(key, shape, dtype=jnp.float32):
-    """Orthogonal initialisation with gain 1e-2: a critic that has learnt nothing of some actions
-    prefers none of them. With sqrt(2) the search would find its noise."""
-    return orthogonal(key, shape, dtype) * (1e-2 / 2**0.5)
-
-
-class MLP(nn.Module):
-    """Hidden layers, on demand with LayerNorm and dropout: (..., F) -> (..., H)."""
+class Critic(nn.Module):
+    """Q(s, a) or V(s): (B, F), ... -> the logits of its histogram (B, Z), or a scalar (B, 1). The
+    outputs begin near 0: in the noise of a larger gain the search would find maxima."""
 
     hidden_dims: tuple[int, ...]
-    dropout_rate: float = 0.0
+    num_outputs: int = 1
     layer_norm: bool = False
-    activation: Callable = nn.relu
+    activation: Any = nn.relu
 
     @nn.compact
-    def __call__(self, x, training=False):
+    def __call__(self, *inputs):
+        x = jnp.concatenate(inputs, axis=-1)  # (B, F)
         for width in self.hidden_dims:
-            x = nn.Dense(width, kernel_init=orthogonal)(x)  # (..., width)
+            x = nn.Dense(width, kernel_init=orthogonal)(x)  # (B, width)
             x = self.activation(nn.LayerNorm()(x) if self.layer_norm else x)
-            if self.dropout_rate > 0:
-                x = nn.Dropout(self.dropout_rate, deterministic=not training)(x)
-        return x
+        near_zero = lambda *args: orthogonal(*args) * (1e-2 / 2**0.5)  # noqa: E731
+        return nn.Dense(self.num_outputs, kernel_init=near_zero)(x)  # (B, Z)
 
 
-class ScalarHead(nn.Module):
-    """A linear layer with one output: (..., F) -> (...).
-
-    Written as multiply-and-sum: on a CPU the gradient of a matmul with one column is slow.
-    """
-
-    @nn.compact
-    def __call__(self, x):
-        kernel = self.param("kernel", orthogonal, (x.shape[-1], 1))
-        bias = self.param("bias", nn.initializers.zeros, ())
-        return (x * kernel[:, 0]).sum(axis=-1) + bias  # (...)
-
-
-class Value(nn.Module):
-    """V: (B, O) -> (B,)."""
-
-    hidden_dims: tuple[int, ...]
-
-    @nn.compact
-    def __call__(self, observations):
-        return ScalarHead()(MLP(self.hidden_dims)(observations))  # (B,)
-
-
-class TanhGaussianPolicy(nn.Module):
-    """pi: (B, O) -> a diagonal Gaussian, squashed by tanh, over actions (B, A)."""
-
-    hidden_dims: tuple[int, ...]
-    action_dim: int
-
-    @nn.compact
-    def __call__(self, observations):
-        features = MLP(self.hidden_dims)(observations)  # (B, H)
-        mean = nn.Dense(self.action_dim, kernel_init=orthogonal)(features)  # (B, A)
-        log_std = nn.Dense(self.action_dim, kernel_init=orthogonal)(features)  # (B, A)
-        std = jnp.exp(jnp.clip(log_std, -10.0, 2.0))  # (B, A)
-        gaussian = distrax.MultivariateNormalDiag(mean, std)
-        return distrax.Transformed(gaussian, distrax.Block(distrax.Tanh(), 1))
-
-
-class DenoisingNetwork(nn.Module):
-    """The noise (R, A) in actions (R, A) after `step` (R,) steps of noising, in observations
-    (R, O): IDQL's residual network. The step enters by learnt Fourier features."""
-
-    action_dim: int
-    width: int
-    num_blocks: int
-    dropout_rate: float
-
-    @nn.compact
-    def __call__(self, observations, actions, step, training=False):
-        frequencies = self.param("frequencies", nn.initializers.normal(0.2), (64,))
-        angles = 2 * jnp.pi * step[:, None] * frequencies  # (R, 64)
-        time = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)  # (R, 128)
-        time = nn.Dense(128)(nn.swish(nn.Dense(256)(time)))  # (R, 128)
-        x = jnp.concatenate([time, observations, actions], axis=-1)  # (R, 128 + O + A)
-        x = nn.Dense(self.width, kernel_init=orthogonal)(x)  # (R, W)
-        for _ in range(self.num_blocks):
-            block = nn.Dropout(self.dropout_rate, deterministic=not training)(x)
-            block = nn.swish(nn.Dense(4 * self.width)(nn.LayerNorm()(block)))  # (R, 4 W)
-            x = x + nn.Dense(self.width)(block)  # (R, W)
-        return nn.Dense(self.action_dim, kernel_init=orthogonal)(nn.swish(x))  # (R, A)
-
-
-class ActionTransformer(nn.Module):
-    """Logits (R, A, V) of the tokens of an action's dimensions, each given the observation (R, O)
-    and the tokens (R, A) of the dimensions before it. With `decode` one `dimension` at a time,
-    (R, 1, V), given only the token (R,) before it: the attention remembers the rest."""
-
-    action_dim: int
-    num_tokens: int
-    width: int
-    num_blocks: int
-    num_heads: int
-    dropout_rate: float
-    decode: bool = False
-
-    @nn.compact
-    def __call__(self, observations, tokens, training=False, dimension=0):
-        width, normal = self.width, nn.initializers.normal(0.02)
-        dropout = partial(nn.Dropout, self.dropout_rate, deterministic=not training)
-        table = self.param("tokens", normal, (self.action_dim, self.num_tokens, width))
-        positions = self.param("positions", normal, (self.action_dim, width))
-        first = nn.Dense(width)(nn.elu(nn.Dense(128)(observations)))  # (R, W)
-        if tokens.ndim == 2:
-            before = table[jnp.arange(self.action_dim), tokens][:, :-1]  # (R, A - 1, W)
-            x = jnp.concatenate([first[:, None], before], axis=1) + positions  # (R, A, W)
-        else:
-            x = jnp.where(dimension == 0, first, table[dimension - 1, tokens])  # (R, W)
-            x = (x + positions[dimension])[:, None]  # (R, 1, W)
-        x, causal = dropout()(x), None if self.decode else nn.make_causal_mask(tokens)
-        for _ in range(self.num_blocks):
-            attention = nn.MultiHeadDotProductAttention(
-                self.num_heads, dropout_rate=self.dropout_rate, broadcast_dropout=False,
-                deterministic=not training, decode=self.decode,
-            )
-            x = x + dropout()(attention(nn.LayerNorm()(x), mask=causal))
-            block = nn.gelu(nn.Dense(4 * width)(nn.LayerNorm()(x)))  # (R, A, 4 W)
-            x = x + dropout()(nn.Dense(width)(block))
-        features = nn.elu(nn.Dense(width)(nn.LayerNorm()(x)))  # (R, A, W)
-        return nn.Dense(self.num_tokens)(features)  # (R, A, V)
-
-
-class SwishCritic(nn.Module):
-    """One Q-function: (B, O), (B, A) -> the logits of its histogram (B, Z), or a scalar (B, 1)."""
-
-    hidden_dims: tuple[int, ...]
-    num_outputs: int
-
-    @nn.compact
-    def __call__(self, observations, actions):
-        inputs = jnp.concatenate([observations, actions], axis=-1)  # (B, O + A)
-        features = MLP(self.hidden_dims, layer_norm=True, activation=nn.swish)(inputs)  # (B, H)
-        return nn.Dense(self.num_outputs, kernel_init=near_zero)(features)  # (B, Z)
-
-
-# --------------------------------------------------------------------------------------- Policies
-# A class of policy is a frozen dataclass with three methods. To add one: write it, name it in
-# POLICIES and its settings in POLICY_SETTINGS. `params` is whatever init returns.
-#   init(key, observations (B, O)) -> params
-#   sample(params, observations (B, O), key, num_actions) -> actions (M, B, A) in [-1, 1]
+# -------------------------------------------------------------------------------------- Policies
+# A class of policy is a network for observations (B, O) and actions (B, A), with two methods. To
+# add one: write it, name it in POLICIES and Config, and its settings in POLICY_SETTINGS.
+#   sample(params, observations (B, O), key) -> actions (B, A) in [-1, 1]
 #   loss(params, observations (B, O), actions (B, A), key) -> the supervised loss, a scalar
-
-
-def repeat_rows(observations, num_actions):
-    """Observations (B, O), once for each of M actions: (M * B, O)."""
-    return jnp.tile(observations, (num_actions, 1))
-
-
-@dataclasses.dataclass(frozen=True)
-class DiffusionPolicy:
-    """Denoising diffusion (DDPM) with a cosine schedule; the network predicts the noise."""
+class DiffusionPolicy(nn.Module):
+    """Denoising diffusion (DDPM) with a cosine schedule. The network, IDQL's, predicts the noise
+    (B, A) in actions after `step` (B,) steps of noising."""
 
     action_dim: int
     config: Config
 
-    @property
-    def network(self):
-        config = self.config
-        sizes = config.policy_width, config.policy_blocks, config.dropout_rate
-        return DenoisingNetwork(self.action_dim, *sizes)
+    @nn.compact
+    def __call__(self, observations, actions, step=0, training=False):
+        width, dropout_rate = self.config.policy_width, self.config.dropout_rate
+        step = jnp.broadcast_to(step, len(actions))[:, None]  # (B, 1)
+        frequencies = self.param("frequencies", nn.initializers.normal(0.2), (64,))
+        angles = 2 * jnp.pi * step * frequencies  # (B, 64)
+        time = jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)  # (B, 128)
+        time = nn.Dense(128)(nn.swish(nn.Dense(256)(time)))  # (B, 128)
+        x = jnp.concatenate([time, observations, actions], axis=-1)  # (B, 128 + O + A)
+        x = nn.Dense(width, kernel_init=orthogonal)(x)  # (B, W)
+        for _ in range(self.config.policy_blocks):
+            block = nn.Dropout(dropout_rate, deterministic=not training)(x)
+            block = nn.swish(nn.Dense(4 * width)(nn.LayerNorm()(block)))  # (B, 4 W)
+            x = x + nn.Dense(width)(block)  # (B, W)
+        return nn.Dense(self.action_dim, kernel_init=orthogonal)(nn.swish(x))  # (B, A)
 
     def schedule(self):
         """alpha and its running product, each (T,): what a noising step leaves of the signal."""
@@ -454,26 +247,20 @@ class DiffusionPolicy:
         alpha = 1 - np.minimum(1 - level[1:] / level[:-1], 0.999)  # (T,)
         return jnp.float32(alpha), jnp.float32(np.cumprod(alpha))
 
-    def init(self, key, observations):
-        actions = jnp.zeros((len(observations), self.action_dim))  # (B, A)
-        return self.network.init(key, observations, actions, jnp.zeros(len(observations)))
-
-    def sample(self, params, observations, key, num_actions):
+    def sample(self, params, observations, key):
         alpha, product = self.schedule()
-        rows = repeat_rows(observations, num_actions)  # (M * B, O)
         start_key, noise_key = jax.random.split(key)
-        actions = jax.random.normal(start_key, (len(rows), self.action_dim))  # (M * B, A)
+        actions = jax.random.normal(start_key, (len(observations), self.action_dim))  # (B, A)
 
         def denoise(actions, step):
-            noise = self.network.apply(params, rows, actions, jnp.full(len(rows), step))
+            noise = self.apply(params, observations, actions, step)
             mean = actions - (1 - alpha[step]) / jnp.sqrt(1 - product[step]) * noise
-            mean = mean / jnp.sqrt(alpha[step])  # (M * B, A)
+            mean = mean / jnp.sqrt(alpha[step])  # (B, A)
             fresh = jax.random.normal(jax.random.fold_in(noise_key, step), actions.shape)
             std = jnp.where(step > 0, jnp.sqrt(1 - alpha[step]), 0.0)
             return jnp.clip(mean + std * fresh, -1.0, 1.0), None
 
-        actions, _ = jax.lax.scan(denoise, actions, jnp.arange(len(alpha)), reverse=True)
-        return actions.reshape(num_actions, -1, self.action_dim)
+        return jax.lax.scan(denoise, actions, jnp.arange(len(alpha)), reverse=True)[0]
 
     def loss(self, params, observations, actions, key):
         step_key, noise_key, dropout_key = jax.random.split(key, 3)
@@ -482,23 +269,42 @@ class DiffusionPolicy:
         signal = product[step][:, None]  # (B, 1)
         noise = jax.random.normal(noise_key, actions.shape)  # (B, A)
         noisy = jnp.sqrt(signal) * actions + jnp.sqrt(1 - signal) * noise  # (B, A)
-        rngs = {"dropout": dropout_key}
-        predicted = self.network.apply(params, observations, noisy, step, True, rngs=rngs)
-        return ((predicted - noise) ** 2).sum(axis=-1).mean()
+        guess = self.apply(params, observations, noisy, step, True, rngs={"dropout": dropout_key})
+        return ((guess - noise) ** 2).sum(axis=-1).mean()
 
 
-@dataclasses.dataclass(frozen=True)
-class TransformerPolicy:
-    """Each action dimension is one of `action_bins` tokens, drawn one after the other."""
+class TransformerPolicy(nn.Module):
+    """Each action dimension is one of `action_bins` tokens, drawn one after the other. The network
+    gives the logits (B, A, V) of each, from the observation and the dimensions before. With
+    `decode` it gives one dimension's, (B, 1, V), from the one before, and remembers the rest."""
 
     action_dim: int
     config: Config
+    decode: bool = False
 
-    @property
-    def network(self):
-        config = self.config
-        sizes = config.policy_width, config.policy_blocks, config.attention_heads
-        return ActionTransformer(self.action_dim, config.action_bins, *sizes, config.dropout_rate)
+    @nn.compact
+    def __call__(self, observations, actions, training=False, dimension=None):
+        config, normal = self.config, nn.initializers.normal(0.02)
+        width, rate = config.policy_width, config.dropout_rate
+        dropout = partial(nn.Dropout, rate, deterministic=not training)
+        options = dict(dropout_rate=rate, deterministic=not training, decode=self.decode)
+        table = self.param("tokens", normal, (self.action_dim, config.action_bins, width))
+        positions = self.param("positions", normal, (self.action_dim, width))
+        first = nn.Dense(width)(nn.elu(nn.Dense(128)(observations)))  # (B, W)
+        before = table[jnp.arange(self.action_dim), self.tokens(actions)][:, :-1]  # (B, A - 1, W)
+        x = jnp.concatenate([first[:, None], before], axis=1) + positions  # (B, A, W)
+        if dimension is not None:
+            x = jax.lax.dynamic_slice_in_dim(x, dimension, 1, axis=1)  # (B, 1, W)
+        x, causal = dropout()(x), None if self.decode else nn.make_causal_mask(actions)
+        for _ in range(config.policy_blocks):
+            attention = nn.MultiHeadDotProductAttention(
+                config.attention_heads, broadcast_dropout=False, **options
+            )
+            x = x + dropout()(attention(nn.LayerNorm()(x), mask=causal))
+            block = nn.gelu(nn.Dense(4 * width)(nn.LayerNorm()(x)))  # (B, A, 4 W)
+            x = x + dropout()(nn.Dense(width)(block))
+        features = nn.elu(nn.Dense(width)(nn.LayerNorm()(x)))  # (B, A, W)
+        return nn.Dense(config.action_bins)(features)  # (B, A, V)
 
     def tokens(self, actions):
         """The nearest bins (..., A) of actions (..., A)."""
@@ -509,72 +315,68 @@ class TransformerPolicy:
         """The actions (..., A) that tokens (..., A) stand for."""
         return tokens / (self.config.action_bins - 1) * 2.0 - 1.0
 
-    def init(self, key, observations):
-        tokens = jnp.zeros((len(observations), self.action_dim), jnp.int32)  # (B, A)
-        return self.network.init(key, observations, tokens)
-
-    def sample(self, params, observations, key, num_actions):
-        rows = repeat_rows(observations, num_actions)  # (M * B, O)
-        network = self.network.clone(decode=True)
-        tokens = jnp.zeros((len(rows), self.action_dim), jnp.int32)  # (M * B, A)
-        cache = jax.eval_shape(network.init, key, rows, tokens)["cache"]
-        cache = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), cache)
+    def sample(self, params, observations, key):
+        network = self.clone(decode=True)
+        actions = jnp.zeros((len(observations), self.action_dim))  # (B, A)
+        memory = jax.eval_shape(network.init, key, observations, actions)["cache"]
+        memory = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), memory)
 
         def draw(carry, dimension):
-            cache, token = carry
-            variables, state = {"params": params["params"], "cache": cache}, ["cache"]
-            logits, new = network.apply(variables, rows, token, False, dimension, mutable=state)
-            token_key = jax.random.fold_in(key, dimension)
-            token = jax.random.categorical(token_key, logits[:, 0]).astype(jnp.int32)  # (M * B,)
-            return (new["cache"], token), token
+            memory, actions = carry
+            inputs = params | {"cache": memory}, observations, actions, False, dimension
+            logits, new = network.apply(*inputs, mutable=["cache"])  # (B, 1, V)
+            token = jax.random.categorical(jax.random.fold_in(key, dimension), logits[:, 0])  # (B,)
+            return (new["cache"], actions.at[:, dimension].set(self.actions(token))), None
 
-        _, tokens = jax.lax.scan(draw, (cache, tokens[:, 0]), jnp.arange(self.action_dim))
-        return self.actions(tokens.T).reshape(num_actions, -1, self.action_dim)
+        return jax.lax.scan(draw, (memory, actions), jnp.arange(self.action_dim))[0][1]
 
     def loss(self, params, observations, actions, key):
-        tokens = self.tokens(actions)  # (B, A)
-        logits = self.network.apply(params, observations, tokens, True, rngs={"dropout": key})
-        log_prob = jax.nn.log_softmax(logits)  # (B, A, V)
-        chosen = jnp.take_along_axis(log_prob, tokens[..., None], axis=-1)[..., 0]  # (B, A)
-        return -chosen.sum(axis=-1).mean()
+        logits = self.apply(params, observations, actions, True, rngs={"dropout": key})  # (B, A, V)
+        errors = optax.softmax_cross_entropy_with_integer_labels(logits, self.tokens(actions))
+        return errors.sum(axis=-1).mean()
 
 
-@dataclasses.dataclass(frozen=True)
-class SquashedGaussianPolicy:
+class TanhPolicy(nn.Module):
     """A diagonal Gaussian, squashed by tanh. Actions beyond 0.99 count as 0.99: at 0.99999 tanh's
     inverse is 6.1, and to fit data clipped to the box the Gaussian would reach from end to end."""
 
     action_dim: int
     config: Config
 
-    @property
-    def network(self):
-        return TanhGaussianPolicy(self.config.hidden_dims, self.action_dim)
+    @nn.compact
+    def __call__(self, observations, actions=None):
+        x = observations
+        for width in self.config.hidden_dims:
+            x = nn.relu(nn.Dense(width, kernel_init=orthogonal)(x))  # (B, width)
+        mean = nn.Dense(self.action_dim, kernel_init=orthogonal)(x)  # (B, A)
+        log_std = nn.Dense(self.action_dim, kernel_init=orthogonal)(x)  # (B, A)
+        gaussian = distrax.MultivariateNormalDiag(mean, jnp.exp(jnp.clip(log_std, -10.0, 2.0)))
+        return distrax.Transformed(gaussian, distrax.Block(distrax.Tanh(), 1))
 
-    def init(self, key, observations):
-        return self.network.init(key, observations)
-
-    def sample(self, params, observations, key, num_actions):
-        policy = self.network.apply(params, observations)
-        return policy.sample(seed=key, sample_shape=(num_actions,))  # (M, B, A)
+    def sample(self, params, observations, key):
+        return self.apply(params, observations).sample(seed=key)  # (B, A)
 
     def loss(self, params, observations, actions, key):
         actions = jnp.clip(actions, -0.99, 0.99)  # (B, A)
-        return -self.network.apply(params, observations).log_prob(actions).mean()
+        return -self.apply(params, observations).log_prob(actions).mean()
 
 
-POLICIES = {
-    "diffusion": DiffusionPolicy, "transformer": TransformerPolicy,
-    "gaussian": SquashedGaussianPolicy,
-}  # fmt: skip
-
-# ------------------------------------------------------------------------------------ Agent state
+POLICIES = {"diffusion": DiffusionPolicy, "transformer": TransformerPolicy, "gaussian": TanhPolicy}
 
 
+def settle(config, source):
+    """The configuration with the policy class's own settings where none are given, and the
+    failure_reward in the agent's units."""
+    settings = POLICY_SETTINGS[config.policy].items()
+    settings = {name: x for name, x in settings if getattr(config, name) is None}
+    settings["failure_reward"] = float(rescale(config.failure_reward, *source["units"]["rewards"]))
+    return dataclasses.replace(config, **settings)
+
+
+# ----------------------------------------------------------------------------------------- Agent
 @flax.struct.dataclass
-class AgentState:
-    """All that training changes in one agent. Outside the losses every array has a leading axis
-    of seeds, (S, ...)."""
+class Agent:
+    """All that training changes. Outside the losses with a leading axis of seeds, (S, ...)."""
 
     actor: TrainState
     target_actor_params: Any  # of the policy that is sampled
@@ -582,70 +384,58 @@ class AgentState:
     target_critic_params: Any
     value: TrainState
     key: jax.Array
-    policy: Any = flax.struct.field(pytree_node=False)  # its class, with the configuration
+    policy: Any = flax.struct.field(pytree_node=False)  # what samples, and has the actor's loss
 
 
-def create_agent_state(key, observation_dim, action_dim, config):
-    """A fresh agent for one seed, from its random key (2,)."""
+def create_agent(key, observation, action, config):
+    """A fresh agent from its random key (2,), an observation (1, O) and an action (1, A)."""
     key, actor_key, critic_key, value_key = jax.random.split(key, 4)
-    observations = jnp.zeros((1, observation_dim))  # (1, O)
-    actions = jnp.zeros((1, action_dim))  # (1, A)
-    policy = POLICIES[config.policy](action_dim, config)
-    actor_params = policy.init(actor_key, observations)
-    critic = SwishCritic(config.critic_hidden_dims, max(config.value_bins, 1))
+    policy = POLICIES[config.policy](action.shape[1], config)
+    critic = Critic(config.critic_hidden_dims, max(config.value_bins, 1), True, nn.swish)
+    value = Critic(config.critic_hidden_dims)
+    actor_params = policy.init(actor_key, observation, action)
     critic_keys = jax.random.split(critic_key, config.num_critics)
-    critic_params = jax.vmap(critic.init, (0, None, None))(critic_keys, observations, actions)
-    value, adam = Value(config.critic_hidden_dims), optax.adam(config.learning_rate)
-    return AgentState(
-        actor=TrainState.create(
-            apply_fn=policy.sample, params=actor_params, tx=optax.adam(cloning_rate(config))
-        ),
+    critic_params = jax.vmap(critic.init, (0, None, None))(critic_keys, observation, action)
+    value_params = value.init(value_key, observation)
+    actor_adam, adam = optax.adam(policy_rate(config)), optax.adam(config.learning_rate)
+    return Agent(
+        actor=TrainState.create(apply_fn=policy.apply, params=actor_params, tx=actor_adam),
         target_actor_params=jax.tree.map(jnp.copy, actor_params),
         critic=TrainState.create(apply_fn=critic.apply, params=critic_params, tx=adam),
         target_critic_params=jax.tree.map(jnp.copy, critic_params),
-        value=TrainState.create(
-            apply_fn=value.apply, params=value.init(value_key, observations), tx=adam
-        ),
+        value=TrainState.create(apply_fn=value.apply, params=value_params, tx=adam),
         key=key,
         policy=policy,
     )
 
 
-def warmed_up(count, config):
-    """Share of its learning rate that a policy has after `count` updates."""
-    return jnp.minimum(1.0, (count + 1) / max(config.policy_warmup, 1))
-
-
-def cloning_rate(config):
-    """The policy's learning rate offline, a function of its updates."""
+def policy_rate(config):
+    """The policy's learning rate, a function of its updates: `pretrain_steps` by the cloning
+    schedule, then online. Both rise at first."""
 
     def rate(count):
-        done = jnp.minimum(count / max(config.pretrain_steps, 1), 1.0)
-        left = (1 + jnp.cos(jnp.pi * done)) / 2 if config.cloning_schedule == "cosine" else 1.0
-        return config.cloning_learning_rate * warmed_up(count, config) * left
+        cloning, online = count < config.pretrain_steps, count - config.pretrain_steps
+        done = count / max(config.pretrain_steps, 1)
+        fade = (1 + jnp.cos(jnp.pi * done)) / 2 if config.cloning_schedule == "cosine" else 1.0
+        warm = (jnp.where(cloning, count, online) + 1) / max(config.policy_warmup, 1)
+        peak = jnp.where(cloning, config.cloning_learning_rate, config.policy_learning_rate)
+        return peak * jnp.minimum(1.0, warm) * jnp.where(cloning, fade, 1.0)
 
     return rate
 
 
-def fine_tuning_optimiser(config):
-    """The policy's optimiser online."""
-    return optax.adam(lambda count: config.policy_learning_rate * warmed_up(count, config))
+def restart_optimisers(agents, config):
+    """At the switch all optimisers start anew, the policy's with its online rate."""
+    for name in ("actor", "critic", "value"):
+        part = getattr(agents, name)
+        fresh = jax.tree.map(jnp.zeros_like, part.opt_state)
+        if name == "actor":
+            fresh = fresh[0], fresh[1]._replace(count=fresh[1].count + config.pretrain_steps)
+        agents = agents.replace(**{name: part.replace(opt_state=fresh)})
+    return agents
 
 
-def restart_optimisers(state, config):
-    """The agent at the switch: all optimisers start anew, the policy's with its online rate."""
-    tx = fine_tuning_optimiser(config)
-    actor = state.actor.replace(tx=tx, opt_state=jax.vmap(tx.init)(state.actor.params))
-    opt_state = jax.vmap(state.critic.tx.init)(state.critic.params)
-    critic = state.critic.replace(opt_state=opt_state)
-    opt_state = jax.vmap(state.value.tx.init)(state.value.params)
-    value = state.value.replace(opt_state=opt_state)
-    return state.replace(actor=actor, critic=critic, value=value)
-
-
-# ---------------------------------------------------------------------------- Action optimisation
-
-
+# --------------------------------------------------------------------------- Action optimisation
 def expectation(outputs, config):
     """Q (...) that a critic's outputs (..., Z) stand for: the mean of its histogram."""
     if not config.value_bins:
@@ -654,165 +444,141 @@ def expectation(outputs, config):
     return (jax.nn.softmax(outputs) * (edges[1:] + edges[:-1]) / 2).sum(axis=-1)
 
 
-def q_outputs(state, params, observations, actions):
-    """Outputs (N, M, B, Z) for M actions (M, B, A) per observation (B, O); params of N critics."""
-    rows = repeat_rows(observations, len(actions)), actions.reshape(-1, actions.shape[-1])
-    outputs = jax.vmap(state.critic.apply_fn, (0, None, None))(params, *rows)  # (N, M * B, Z)
-    return outputs.reshape(len(outputs), *actions.shape[:2], -1)
+def action_values(agent, params, observations, actions, config, key=None):
+    """Q (N, M, B) of M actions (M, B, A) per observation (B, O), by the critics of `params`; with a
+    key by `target_critics` of them, drawn with replacement (by all, if there are no more)."""
+    if key is not None and config.target_critics < config.num_critics:
+        members = jax.random.randint(key, (config.target_critics,), 0, config.num_critics)
+        params = jax.tree.map(lambda x: x[members], params)
+    rows = jnp.tile(observations, (len(actions), 1)), actions.reshape(-1, actions.shape[-1])
+    outputs = jax.vmap(agent.critic.apply_fn, (0, None, None))(params, *rows)  # (N, M * B, Z)
+    return expectation(outputs, config).reshape(-1, *actions.shape[:2])
 
 
-def ensemble_q(state, observations, actions, config):
-    """The mean of all critics' Q (M, B) of actions (M, B, A) in observations (B, O)."""
-    outputs = q_outputs(state, state.critic.params, observations, actions)  # (N, M, B, Z)
-    return expectation(outputs, config).mean(axis=0)  # (M, B)
-
-
-def global_step(actions, q, config):
-    """Of M actions (M, B, A) with values (M, B) the kept_actions best (K, B, A), best first."""
-    best = jnp.argsort(-q, axis=0)[: config.kept_actions]  # (K, B)
-    return jnp.take_along_axis(actions, best[..., None], axis=0)
-
-
-def local_step(state, observations, actions, config):
+def local_step(agent, observations, actions, config):
     """Plain gradient ascent of every action (K, B, A) on the mean Q, inside the box. Returns of
     all its positions, first and last included, the best one, and its Q (K, B)."""
 
     def total_q(actions):
-        q = ensemble_q(state, observations, actions, config)  # (K, B)
+        q = action_values(agent, agent.critic.params, observations, actions, config).mean(axis=0)
         return q.sum(), q  # the sum: every action has its own gradient, not divided by their number
 
-    def step(carry, _):
-        actions, best, best_q = carry
+    def step(actions, _):
         gradient, q = jax.grad(total_q, has_aux=True)(actions)  # (K, B, A), (K, B)
-        best = jnp.where((q > best_q)[..., None], actions, best)
-        actions = jnp.clip(actions + config.ascent_rate * gradient, -1.0, 1.0)
-        return (actions, best, jnp.maximum(q, best_q)), None
+        return jnp.clip(actions + config.ascent_rate * gradient, -1.0, 1.0), (actions, q)
 
-    start = actions, actions, jnp.full(actions.shape[:2], -jnp.inf)
-    (actions, best, best_q), _ = jax.lax.scan(step, start, length=config.ascent_steps)
-    q = ensemble_q(state, observations, actions, config)  # (K, B)
-    return jnp.where((q > best_q)[..., None], actions, best), jnp.maximum(q, best_q)
+    _, (positions, q) = jax.lax.scan(step, actions, length=config.ascent_steps + 1)  # (T + 1, ...)
+    best = q.argmax(axis=0)[None, ..., None]  # (1, K, B, 1)
+    return jnp.take_along_axis(positions, best, axis=0)[0], q.max(axis=0)
 
 
-def optimise(state, observations, candidates, config, data_actions=None):
-    """pi*'s actions (K, B, A) and their mean Q (K, B), from candidates (M, B, A): the global and
-    the local step. Data actions (B, A), if given, take the place of the worst kept one."""
-    base_q = ensemble_q(state, observations, candidates, config)  # (M, B)
-    kept = global_step(candidates, base_q, config)  # (K, B, A)
-    kept_q = jnp.sort(base_q, axis=0)[-config.kept_actions :]  # (K, B)
-    if data_actions is not None:
-        kept = kept.at[-1].set(data_actions)
-    actions, q = local_step(state, observations, kept, config)
-    info = {"base_q": base_q.mean(), "kept_q": kept_q.mean(), "optimised_q": q.mean()}
-    return actions, q, info | {"moved": jnp.abs(actions - kept).mean()}
-
-
-def select(actions, q, key, selection, num_actions):
-    """Of actions (K, B, A) with mean Q (K, B): `num_actions` draws (M, B, A) from the softmax of
-    their Q, or the best one (1, B, A)."""
+def optimise(agent, observations, keys, config, selection, num_actions=1, data_actions=None):
+    """pi*'s actions: `num_actions` draws (M, B, A) by the softmax of Q, or the best one (1, B, A),
+    of the policy's samples after the global and the local step. Data actions (B, A), if given,
+    replace the worst kept ones. Until the critic has learnt, pi* is pi, or the data."""
+    rows = jnp.tile(observations, (config.base_actions, 1))  # (M * B, O)
+    samples = agent.policy.sample(agent.target_actor_params, rows, keys[0])  # (M * B, A)
+    samples = samples.reshape(config.base_actions, len(observations), -1)  # (M, B, A)
+    q = action_values(agent, agent.critic.params, observations, samples, config).mean(axis=0)
+    best = jnp.argsort(-q, axis=0)[: config.kept_actions]  # (K, B), the global step, best first
+    kept = jnp.take_along_axis(samples, best[..., None], axis=0)  # (K, B, A)
+    info = {"base_q": q.mean(), "kept_q": jnp.take_along_axis(q, best, axis=0).mean()}
+    kept = kept if data_actions is None else kept.at[-1].set(data_actions)
+    actions, q = local_step(agent, observations, kept, config)  # (K, B, A), (K, B)
+    info |= {"optimised_q": q.mean(), "moved": jnp.abs(actions - kept).mean()}
+    plain = samples[: config.kept_actions] if data_actions is None else data_actions
+    actions = jnp.where(agent.critic.step > 0, actions, plain)  # (K, B, A), before, Q is noise
     if selection == "argmax":
         chosen = q.argmax(axis=0)[None]  # (1, B)
     else:
-        chosen = jax.random.categorical(key, q, axis=0, shape=(num_actions, q.shape[1]))  # (M, B)
-    return jnp.take_along_axis(actions, chosen[..., None], axis=0)
+        shape = num_actions, len(observations)
+        chosen = jax.random.categorical(keys[1], q, axis=0, shape=shape)  # (M, B)
+    return jnp.take_along_axis(actions, chosen[..., None], axis=0), info
 
 
-# ----------------------------------------------------------------------------------------- Losses
+def explore(agent, observation, key, config):
+    """The training policy's action (A,) in one observation (O,): pi*'s."""
+    inputs = observation[None], jax.random.split(key), config, config.acting_selection
+    return optimise(agent, *inputs)[0][0, 0]
+
+
+def act(agent, observations, config):
+    """The evaluated policy's actions (B, A) in observations (B, O): pi*'s best. The noise of the
+    policy's samples comes from the bits of all observations: new in every step, yet repeatable."""
+    bits = jax.lax.bitcast_convert_type(observations, jnp.uint32)  # (B, O)
+    keys = jax.random.split(jax.random.PRNGKey(bits.sum()))  # (2, 2)
+    return optimise(agent, observations, keys, config, "argmax")[0][0]
+
+
+# ---------------------------------------------------------------------------- Losses and updates
 # A loss takes first the parameters it differentiates, and returns (loss, metrics).
-
-
-def actor_loss(params, state, observations, actions, key):
-    """The policy's own supervised loss of actions (B, A) in observations (B, O)."""
-    loss = state.policy.loss(params, observations, actions, key)
+def actor_loss(params, agent, batch, key, config):
+    """The policy's own supervised loss of the batch's actions: the data's, or pi*'s."""
+    loss = agent.policy.loss(params, batch.observations, batch.actions, key)
     return loss, {"actor_loss": loss}
 
 
-def histogram(targets, config):
-    """HL-Gauss: the mass (B, Z) in each bin of a Gaussian around each target (B,), cut off at the
-    ends of the range; a target outside counts as the nearest end."""
+def value_error(outputs, targets, config):
+    """Error (N, B) of critics' outputs (N, B, Z): squared, or the cross-entropy (nats) with the
+    mass in each bin of a Gaussian around the target (B,), cut off at the ends of the range."""
+    if not config.value_bins:
+        return (outputs[..., 0] - targets) ** 2
     targets = jnp.clip(targets, config.value_min, config.value_max)  # (B,)
     edges = jnp.linspace(config.value_min, config.value_max, config.value_bins + 1)  # (Z + 1,)
     std = config.value_std * (edges[1] - edges[0])
     below = jax.scipy.stats.norm.cdf((edges - targets[:, None]) / std)  # (B, Z + 1)
-    return jnp.diff(below) / (below[:, -1:] - below[:, :1])
+    mass = jnp.diff(below) / (below[:, -1:] - below[:, :1])  # (B, Z)
+    return optax.softmax_cross_entropy(outputs, mass)
 
 
-def value_error(outputs, targets, config):
-    """Error (N, B) of critics' outputs (N, B, Z): squared, or a cross-entropy (nats)."""
-    if not config.value_bins:
-        return (outputs[..., 0] - targets) ** 2
-    return optax.softmax_cross_entropy(outputs, histogram(targets, config))
-
-
-def random_members(params, key, config):
-    """The parameters of `target_critics` members of an ensemble, drawn with replacement; of all,
-    where there are no more."""
-    if config.target_critics >= config.num_critics:
-        return params
-    members = jax.random.randint(key, (config.target_critics,), 0, config.num_critics)  # (K,)
-    return jax.tree.map(lambda x: x[members], params)
-
-
-def backup_targets(state, batch, actions, key, config):
-    """The backup's targets (B,): from pi*'s next actions (M, B, A) the one with the largest minimum
-    over a random pair of target critics; with --critic iql, V of the next observation."""
-    if config.critic == "iql":
-        next_v = state.value.apply_fn(state.value.params, batch.next_observations)  # (B,)
-    else:
-        params = random_members(state.target_critic_params, key, config)
-        outputs = q_outputs(state, params, batch.next_observations, actions)  # (K, M, B, Z)
-        next_v = expectation(outputs, config).min(axis=0).max(axis=0)  # (B,)
-    return batch.rewards + config.discount * batch.masks * next_v  # (B,)
-
-
-def conservative_difference(params, state, batch, own, following, key, config):
-    """Cal-QL's difference D: a soft maximum of Q over uniform actions, pi*'s own and following ones
-    (M, B, A) and the data's, minus Q of the data; pi*'s count no less than the Monte-Carlo return.
-    With --target-selection argmax a best action stands for num_actions copies of itself. Returns
-    D and the share of pi*'s actions whose Q is below that return, both scalars."""
+def conservative_difference(params, agent, batch, own, following, key, config):
+    """Cal-QL's D: a soft maximum of Q over the data's, uniform, pi*'s own and following actions (M,
+    B, A), minus Q of the data. pi*'s count no less than the Monte-Carlo return; where it is one
+    best action, it stands for num_actions. Also returns the share of pi*'s below that return."""
     uniform_key, member_key = jax.random.split(key)
-    params = random_members(params, member_key, config)
     shape = config.num_actions, *batch.actions.shape
     uniform = jax.random.uniform(uniform_key, shape, minval=-1.0, maxval=1.0)  # (M, B, A)
     actions = jnp.concatenate([batch.actions[None], uniform, own, following])  # (1 + 3 M, B, A)
-    outputs = q_outputs(state, params, batch.observations, actions)  # (K, 1 + 3 M, B, Z)
-    q = expectation(outputs, config)  # (K, 1 + 3 M, B)
+    q = action_values(agent, params, batch.observations, actions, config, member_key)
     data_q, first = q[:, 0], 1 + config.num_actions  # (K, B), where pi*'s begin
     below = q[:, first:] < batch.mc_returns  # (K, 2 M, B)
-    q = q.at[:, first:].max(batch.mc_returns)
+    q = q.at[:, first:].max(batch.mc_returns)  # (K, 1 + 3 M, B)
     q = q.at[:, first:].add(jnp.log(config.num_actions / len(own)))  # copies
     soft_maximum = jax.nn.logsumexp(q, axis=1) - jnp.log(3 * config.num_actions + 1)  # (K, B)
     return (soft_maximum - data_q).mean(), below.mean()
 
 
-def critic_loss(params, state, batch, own, following, key, config):
-    """The backup's error plus the weighted difference, mean over the critics."""
+def critic_loss(params, agent, batch, own, following, key, config):
+    """The backup's error plus the weighted difference, mean over the critics. `own`, `following`:
+    pi*'s actions (M, B, A) in s and s'; in s' the one with the largest minimum counts."""
     target_key, difference_key = jax.random.split(key)
-    targets = backup_targets(state, batch, following, target_key, config)  # (B,)
-    outputs = q_outputs(state, params, batch.observations, batch.actions[None])[:, 0]  # (N, B, Z)
-    td_loss = value_error(outputs, targets, config).mean()
-    info = {"critic_loss": td_loss, "q": expectation(outputs, config).mean()}
-    if config.critic != "cal_ql":
-        return td_loss, info
-    difference, below = conservative_difference(
-        params, state, batch, own, following, difference_key, config
-    )
-    loss = td_loss + config.cql_alpha * difference
-    return loss, info | {"difference": difference, "below_return": below}
+    if config.critic == "iql":
+        next_v = agent.value.apply_fn(agent.value.params, batch.next_observations)[:, 0]  # (B,)
+    else:
+        inputs = batch.next_observations, following, config, target_key
+        q = action_values(agent, agent.target_critic_params, *inputs)  # (K, M, B)
+        next_v = q.min(axis=0).max(axis=0)  # (B,)
+    targets = batch.rewards + config.discount * batch.masks * next_v  # (B,)
+    apply = jax.vmap(agent.critic.apply_fn, (0, None, None))
+    outputs = apply(params, batch.observations, batch.actions)  # (N, B, Z)
+    loss = value_error(outputs, targets, config).mean()
+    info = {"critic_loss": loss, "q": expectation(outputs, config).mean()}
+    if config.critic == "cal_ql":
+        inputs = agent, batch, own, following, difference_key, config
+        difference, below = conservative_difference(params, *inputs)
+        loss = loss + config.cql_alpha * difference
+        info |= {"difference": difference, "below_return": below}
+    return loss, info
 
 
-def value_loss(params, state, batch, key, config):
+def value_loss(params, agent, batch, key, config):
     """IQL's V: an upper expectile of the target Q of dataset actions."""
-    members = random_members(state.target_critic_params, key, config)
-    outputs = q_outputs(state, members, batch.observations, batch.actions[None])  # (K, 1, B, Z)
-    v = state.value.apply_fn(params, batch.observations)  # (B,)
-    u = expectation(outputs, config)[:, 0].min(axis=0) - v  # (B,)
+    inputs = batch.observations, batch.actions[None], config, key
+    q = action_values(agent, agent.target_critic_params, *inputs)[:, 0]  # (K, B)
+    u = q.min(axis=0) - agent.value.apply_fn(params, batch.observations)[:, 0]  # (B,)
     weight = jnp.abs(config.expectile - (u < 0))  # (B,), |expectile - 1(u < 0)|
     loss = (weight * u**2).mean()
     return loss, {"value_loss": loss}
-
-
-# ----------------------------------------------------------------------------------------- Update
 
 
 def gradient_step(train_state, loss_fn, *args):
@@ -821,1591 +587,422 @@ def gradient_step(train_state, loss_fn, *args):
     return train_state.apply_gradients(grads=grads), info
 
 
-def imitate(state, observations, actions, key, config):
-    """One update of the policy towards actions (B, A), and of the policy that is sampled."""
-    actor, info = gradient_step(state.actor, actor_loss, state, observations, actions, key)
-    target = optax.incremental_update(actor.params, state.target_actor_params, config.policy_tau)
-    return state.replace(actor=actor, target_actor_params=target), info
+def imitate(agent, batch, key, config):
+    """One update of the policy towards the batch's actions, and of the policy that is sampled."""
+    actor, info = gradient_step(agent.actor, actor_loss, agent, batch, key, config)
+    target = optax.incremental_update(actor.params, agent.target_actor_params, config.policy_tau)
+    return agent.replace(actor=actor, target_actor_params=target), info
 
 
-def imitate_data(state, batch, config):
+def imitate_data(agent, batch, config):
     """Pretraining: the policy imitates the data."""
-    key, actor_key = jax.random.split(state.key)
-    return imitate(state.replace(key=key), batch.observations, batch.actions, actor_key, config)
+    key, actor_key = jax.random.split(agent.key)
+    return imitate(agent.replace(key=key), batch, actor_key, config)
 
 
-def distil(state, batch, config):
+def distil(agent, batch, config):
     """Online: the policy imitates pi*."""
-    key, sample_key, select_key, actor_key = jax.random.split(state.key, 4)
-    candidates = sample_policy(state, batch.observations, sample_key, config)  # (M, B, A)
-    actions, q, search = optimise(state, batch.observations, candidates, config, batch.actions)
-    chosen = select(actions, q, select_key, config.distillation_selection, 1)[0]  # (B, A)
-    # what a critic without any update prefers is noise
-    chosen = jnp.where(state.critic.step > 0, chosen, batch.actions)  # (B, A)
-    state = state.replace(key=key)
-    state, info = imitate(state, batch.observations, chosen, actor_key, config)
-    return state, info | (search if config.critic == "iql" else {})  # others: in their own update
+    key, sample_key, select_key, actor_key = jax.random.split(agent.key, 4)
+    inputs = batch.observations, (sample_key, select_key), config, config.distillation_selection
+    actions, search = optimise(agent, *inputs, data_actions=batch.actions)  # (1, B, A)
+    batch, agent = batch.replace(actions=actions[0]), agent.replace(key=key)
+    agent, info = imitate(agent, batch, actor_key, config)
+    return agent, info | (search if config.critic == "iql" else {})  # others: in their own update
 
 
-def sample_policy(state, observations, key, config):
-    """`base_actions` samples (M, B, A) of the policy in observations (B, O)."""
-    params = state.target_actor_params
-    return state.policy.sample(params, observations, key, config.base_actions)
-
-
-def target_actions(state, observations, key, config):
-    """pi*'s actions (M, B, A) in observations (B, O), as the critic's losses take them."""
-    sample_key, select_key = jax.random.split(key)
-    candidates = sample_policy(state, observations, sample_key, config)  # (M, B, A)
-    actions, q, info = optimise(state, observations, candidates, config)  # (K, B, A), (K, B)
-    selected = select(actions, q, select_key, config.target_selection, config.num_actions)
-    return selected, info
-
-
-def update_step(state, batch, config):
+def update(agent, batch, config):
     """One update of the critic, offline and online; the policy is held. pi*'s actions in s and s',
-    once, for all that follows; V (iql); Q; target Q."""
-    key, action_key, critic_key, value_key = jax.random.split(state.key, 4)
-    own, following, info = None, None, {}
-    if config.critic != "iql":
+    once, for all that follows, or V (iql); Q; target Q."""
+    key, action_key, critic_key, value_key = jax.random.split(agent.key, 4)
+    own, following = None, None
+    if config.critic == "iql":
+        value, info = gradient_step(agent.value, value_loss, agent, batch, value_key, config)
+        agent = agent.replace(value=value)
+    else:  # one after the other: the activations of both do not fit a CPU's cache
         both = jnp.stack([batch.observations, batch.next_observations])  # (2, B, O)
-        optimised = partial(target_actions, state, config=config)
-        # one after the other: the activations of both do not fit a CPU's cache
+        settings = config, config.target_selection, config.num_actions
+        search = lambda xs: optimise(agent, xs[0], jax.random.split(xs[1]), *settings)  # noqa: E731
         inputs = both, jax.random.split(action_key)
-        (own, following), info = jax.lax.map(lambda xs: optimised(*xs), inputs)  # (M, B, A) each
+        (own, following), info = jax.lax.map(search, inputs)  # (M, B, A) each
         info = jax.tree.map(jnp.mean, info)
-    else:
-        value, info = gradient_step(state.value, value_loss, state, batch, value_key, config)
-        state = state.replace(value=value)
-    inputs = state, batch, own, following, critic_key, config
-    critic, critic_info = gradient_step(state.critic, critic_loss, *inputs)
-    target = optax.incremental_update(critic.params, state.target_critic_params, config.tau)
-    state = state.replace(critic=critic, target_critic_params=target, key=key)
-    return state, critic_info | info
+    inputs = agent, batch, own, following, critic_key, config
+    critic, critic_info = gradient_step(agent.critic, critic_loss, *inputs)
+    target = optax.incremental_update(critic.params, agent.target_critic_params, config.tau)
+    agent = agent.replace(critic=critic, target_critic_params=target, key=key)
+    return agent, critic_info | info
 
 
-def blank_transition(observation_dim, action_dim):
-    """What the replay buffer holds of one step, all zeros. The return of an episode that has not
-    ended is not known: -inf, which is below every Q."""
-    observation, action = np.zeros(observation_dim, np.float32), np.zeros(action_dim, np.float32)
-    unknown = np.float32(-np.inf)
-    return Batch(observation, action, np.float32(0), observation, np.float32(0), unknown)
+# ------------------------------------------------------------------------------ Offline to online
+def phases(config):
+    """The run, phase by phase: name, number of steps, and what one round of them does."""
+    yield "pretrain", config.pretrain_steps, partial(offline_round, update=imitate_data)
+    yield "offline", config.offline_steps, partial(offline_round, update=update)
+    yield "online", config.online_steps, episodes_round
 
 
-def online_batch(dataset, buffer, key, config):
-    """What an online update learns from: `offline_ratio` dataset rows, the rest new ones."""
-    if config.offline_ratio < 0:
-        return sample_union(dataset, buffer, key, config.batch_size)
-    offline_key, online_key = jax.random.split(key)
-    num_offline = round(config.batch_size * config.offline_ratio)
-    offline = sample(dataset, dataset.rewards.shape[0], offline_key, num_offline)
-    online = sample(buffer.rows, buffer.size, online_key, config.batch_size - num_offline)
-    return jax.tree.map(lambda x, y: jnp.concatenate([x, y]), offline, online)
+def online_batch(dataset, buffer, size, key, config, distilling):
+    """An online update's batch: the dataset's rows and the `size` newest, all equally likely to be
+    distilled; of a critic's batch `offline_ratio` are the dataset's."""
+    count, places = len(dataset.rewards), jnp.arange(config.batch_size)  # (B,)
+    is_old = places < round(config.batch_size * config.offline_ratio)  # (B,)
+    low = jnp.where(is_old | distilling, 0, count)  # (B,)
+    high = jnp.where(is_old & (not distilling), count, count + size)  # (B,)
+    rows = jax.random.randint(key, (config.batch_size,), low, high)  # (B,)
+    old = jax.tree.map(lambda x: x[rows], dataset)
+    new = jax.tree.map(lambda x: x[rows - count], buffer)
+    return jax.tree.map(partial(jax.vmap(jnp.where), rows < count), old, new)
 
 
-def distillation_batch(dataset, buffer, key, config):
-    """What a distillation step learns from: all rows, old and new, equally likely."""
-    return sample_union(dataset, buffer, key, config.batch_size)
+@partial(jax.jit, donate_argnames="buffers")
+def insert(buffers, rows, position):
+    """Rows (S, ...) into the buffers (S, C, ...), in place: hence a program of its own."""
+    return jax.tree.map(lambda buffer, row: buffer.at[:, position].set(row), buffers, rows)
 
 
-def acting_actions(state, observations, key, selection):
-    """pi*'s actions (B, A) in observations (B, O); while the critic knows nothing, the policy's."""
-    config = state.policy.config
-    sample_key, select_key = jax.random.split(key)
-    candidates = sample_policy(state, observations, sample_key, config)  # (M, B, A)
-    actions, q, _ = optimise(state, observations, candidates, config)  # (K, B, A), (K, B)
-    chosen = select(actions, q, select_key, selection, 1)[0]  # (B, A)
-    return jnp.where(state.critic.step > 0, chosen, candidates[0])
+def monte_carlo_returns(rewards, masks, ends, config):
+    """Discounted returns (N,) of rows (N,). An episode's last reward is repeated for ever, unless
+    it terminated, by the rule "infinite", by "sparse" where all rewards are `failure_reward`."""
+    last = np.flatnonzero(ends)  # (E,), rows
+    first = np.append(0, last[:-1] + 1)  # (E,)
+    failed = np.logical_and.reduceat(rewards == config.failure_reward, first)  # (E,)
+    repeats = {"finite": 0.0, "sparse": failed, "infinite": 1.0}[config.return_rule] * masks[last]
+    returns = np.array(rewards, np.float64)  # (N,)
+    returns[last] /= np.where(repeats > 0, 1 - config.discount, 1.0)
+    for i in reversed(range(len(returns) - 1)):
+        returns[i] += config.discount * (1 - ends[i]) * returns[i + 1]
+    return returns.astype(np.float32)
 
 
-def sample_action(state, observation, key):
-    """The training policy's action (A,) in one observation (O,)."""
-    selection = state.policy.config.acting_selection
-    return acting_actions(state, observation[None], key, selection)[0]
+explore_all = jax.jit(jax.vmap(explore, in_axes=(0, 0, 0, None)), static_argnums=3)  # (S, A)
 
 
-def mode_actions(state, observations):
-    """The evaluated policy's actions (B, A) in observations (B, O): pi*'s best. The noise of the
-    policy's samples comes from the bits of all these observations: new noise in every step, and
-    the same when an evaluation is repeated."""
-    bits = jax.lax.bitcast_convert_type(observations, jnp.uint32)  # (B, O)
-    return acting_actions(state, observations, jax.random.PRNGKey(bits.sum()), "argmax")
+@partial(jax.jit, static_argnames=("config", "update"), donate_argnames="agents")
+def learn(agents, buffers, size, dataset, counts, config, update):
+    """`counts` (S,) calls of `update(agent, batch, config)`, as many for every seed as it has
+    coming. Metrics are sums over the calls, (S,), 0 of what it has not. `agents` is donated."""
+
+    def one_seed(agent, buffer, count):
+        def step(_, carry):
+            agent, sums = carry
+            key, draw_key = jax.random.split(agent.key)
+            batch = online_batch(dataset, buffer, size, draw_key, config, update is distil)
+            agent, info = update(agent.replace(key=key), batch, config)
+            return agent, {name: x + info.get(name, 0.0) for name, x in sums.items()}
+
+        return jax.lax.fori_loop(0, count, step, (agent, dict.fromkeys(METRICS, jnp.zeros(()))))
+
+    return for_each_seed(one_seed, agents, buffers, counts)
 
 
-# ==================================== The same bytes in every script from here to main ============
-# ------------------------------------------------------------------------------------------- Data
+def episodes_round(agents, buffers, run, first, last):
+    """Environment steps `first` to `last`. Where an episode ends its rows get their returns (till
+    then they bound no Q), and as many distillations as it had steps follow, and then as many
+    updates of the critic, in slices. Episodes are seeded by (seed, first) and truncated at `last`:
+    no simulator is checkpointed, and every seed has last - first updates of each kind."""
+    config, dataset, envs, bar = run
+    if first == 0:
+        agents = restart_optimisers(agents, config)
+    keys = jax.vmap(partial(jax.random.split, num=1 + last - first))(agents.key)  # (S, 1 + T, 2)
+    agents, keys = agents.replace(key=keys[:, 0]), np.asarray(keys[:, 1:])  # for exploration
+    known, unknown = np.array(buffers.mc_returns), np.full(config.num_seeds, -1e9)  # (S, C), (S,)
+    sums, capacity = dict.fromkeys(METRICS, 0.0), known.shape[1]
+    begins = np.full(config.num_seeds, first)  # (S,), first steps of the episodes in play
+    history = np.zeros((3, config.num_seeds, last))  # rewards, masks and ends of every step
+    seeds = [10**9 * (config.seed + i + 1) + first for i in range(config.num_seeds)]
+    observations, _ = envs.reset(seed=seeds)  # (S, O)
+    for step in range(first, last):
+        actions = np.asarray(explore_all(agents, observations, keys[:, step - first], config))
+        after, rewards, terminated, truncated, info = envs.step(actions)  # (S, ...)
+        following, ends = after.copy(), terminated | truncated | (step + 1 == last)
+        for i in np.flatnonzero(terminated | truncated):  # reset already
+            following[i] = info["final_obs"][i]
+        history[:, :, step] = rewards, 1.0 - terminated, ends
+        known[:, step % capacity] = unknown
+        rows = Batch(observations, actions, rewards, following, *history[1:, :, step], unknown)
+        buffers, observations = insert(buffers, rows, step % capacity), after
+        counts = np.where(ends, step + 1 - begins, 0)  # (S,), updates that are due
+        for i in np.flatnonzero(ends):
+            returns = monte_carlo_returns(*history[:, i, begins[i] : step + 1], config)[::-1]
+            places = (step - np.arange(min(counts[i], capacity))) % capacity  # (T,), newest first
+            known[i, places] = returns[: len(places)]
+            places = np.pad(places, (0, -len(places) % 1024), "edge")  # few shapes
+            returns = insert(buffers.mc_returns, known[:, places], places)
+            buffers, begins[i] = buffers.replace(mc_returns=returns), step + 1
+        for kind in distil, update:
+            for done in range(0, counts.max(), 50):
+                inputs = buffers, min(step + 1, capacity), dataset, np.clip(counts - done, 0, 50)
+                agents, info = learn(agents, *inputs, config, kind)
+                sums = {name: x + sums[name] for name, x in jax.device_get(info).items()}
+                bar.refresh()
+        bar.update()
+    means = {name: x / (last - first) for name, x in sums.items() if np.any(x)}
+    return agents, buffers, means | {"updates": 2 * (last - first)}
+
+
+# ==== The same bytes in every script from here ==================================================
 
 
 @flax.struct.dataclass
 class Batch:
-    """Transitions as the agent sees them. `masks` is 0 only on a true termination, where no
-    future reward exists; at a time limit it is 1."""
+    """Transitions in the agent's units."""
 
     observations: jax.Array  # (B, O)
-    actions: jax.Array  # (B, A)
+    actions: jax.Array  # (B, A), inside [-1, 1]
     rewards: jax.Array  # (B,)
     next_observations: jax.Array  # (B, O)
-    masks: jax.Array  # (B,)
+    masks: jax.Array  # (B,), 0 only on a true termination, where no future reward exists
+    ends: jax.Array  # (B,), 1 on the last row of an episode, for whatever reason
     mc_returns: Any = ()  # (B,), discounted returns from here on, where a script needs them
 
 
-def fail(message, code=2):
-    """End the program with one line on stderr. Codes: 2 input refused, 3 not finite, 4 disk."""
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-    raise SystemExit(code)
+def rescale(x, multiplier, offset):
+    """The environment's units -> the agent's, for data and steps alike."""
+    return (np.asarray(x) * multiplier + offset).astype(np.float32)
 
 
-KNOWN_DATASETS = """D4RL/antmaze/*-v1: umaze umaze-diverse medium-play medium-diverse large-play
-D4RL/antmaze/*-v1: large-diverse
-D4RL/door/*-v2: human cloned expert
-D4RL/hammer/*-v2: human cloned expert
-D4RL/kitchen/*-v2: complete partial mixed
-D4RL/pen/*-v2: human cloned expert
-D4RL/pointmaze/*-v2: umaze open medium large
-D4RL/relocate/*-v2: human cloned expert
-mujoco/*/expert-v0: ant halfcheetah hopper humanoid swimmer walker2d
-mujoco/*/medium-v0: ant halfcheetah hopper humanoid swimmer walker2d
-mujoco/*/simple-v0: ant halfcheetah hopper humanoid swimmer walker2d"""
-
-
-def find_dataset(name):
-    """Path of a dataset: a flat file, or the data folder of a Minari dataset, local or fetched.
-
-    Without a name: the one in this repository, or Minari's where the script stands alone.
-    """
-    embedded = Path(__file__).resolve().parent.parent / "datasets"
-    default = "hopper/sac-medium-replay-v0"
-    if name is None:
-        name = default if (embedded / default).is_dir() else "mujoco/hopper/medium-v0"
-    path = Path(name)
-    if path.suffix in (".npz", ".hdf5", ".h5"):
-        return path if path.is_file() else fail(f"--dataset {name}: no such file")
-    local = Path(os.environ.get("MINARI_DATASETS_PATH", Path.home() / ".minari" / "datasets"))
-    for folder in (path, embedded / name, local / name):
-        if (folder / "metadata.json").is_file():
-            return folder
-        if (folder / "data" / "metadata.json").is_file():
-            return folder / "data"
-    groups = (group.partition(": ") for group in KNOWN_DATASETS.splitlines())
-    known = [form.replace("*", word) for form, _, words in groups for word in words.split()]
-    if name not in known:
-        here = [str(p.parent.parent.relative_to(root)) for root in (embedded, local)
-                for p in root.glob("**/data/metadata.json")]
-        near = difflib.get_close_matches(name, sorted({*here, *known}), n=3, cutoff=0.0)
-        fail(f"--dataset {name}: unknown; nearest: {', '.join(near)}. For any other Minari dataset "
-             f"first `minari download {name}`")
-    print(f"{name}: downloading from Minari", flush=True)
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries are its own affair
-    try:
-        minari.download_dataset(name, force_download=True)
-    except Exception as error:  # network, registry or disk: whatever it is, the data is not here
-        fail(f"{name} cannot be fetched ({type(error).__name__}); `minari download {name}` where "
-             f"there is a network, copy it to {local}; or --dataset FILE --env-id ID")
-    return local / name / "data"
-
-
-def environment_spec(path, env_id):
-    """Specification (JSON) of the environment that goes with the dataset at `path`.
-
-    Of a Minari dataset its evaluation environment, where it has one: that is what is trained in.
-    """
-    try:
-        if env_id is not None:
-            if env_id not in gym.registry and importlib.util.find_spec("gymnasium_robotics"):
-                import gymnasium_robotics
-
-                gym.register_envs(gymnasium_robotics)
-            return gym.make(env_id).spec.to_json()
-        if path.is_file():
-            fail(f"--dataset {path}: a flat file does not name its environment, add --env-id ID")
-        return open_minari(path).recover_environment(eval_env=True).spec.to_json()
-    except (gym.error.Error, ImportError, ValueError, OSError) as error:
-        hint = "; pip install gymnasium-robotics" if "robotics" in str(error) else ""
-        return fail(f"no environment: {' '.join(str(error).split())}{hint}")
-
-
-def open_minari(path):
-    """The Minari dataset in a folder; a damaged one is refused."""
-    try:
-        return minari.MinariDataset(path)
-    except Exception as error:  # Minari checks nothing: a damaged file fails in many ways
-        return fail_damaged(path, error)
-
-
-def fail_damaged(path, error):
-    """Refuse a file that cannot be read."""
-    fault = " ".join(f"{type(error).__name__}: {error}".split())
-    fail(f"{path}: unreadable ({fault}): damaged or cut off? Fetch it again, from Minari by "
-         "minari.download_dataset(id, force_download=True)")
-
-
-def make_env(spec, **keywords):
-    """The environment of a specification (JSON); dict observations flattened in sorted order."""
-    env = gym.make(gym.envs.registration.EnvSpec.from_json(spec), **keywords)
+def make_env(source):
+    """The environment of a source (load_dataset's), in all but statistics in the agent's units."""
+    units, wrap = {name: np.array(x) for name, x in source["units"].items()}, gym.wrappers
+    spec = gym.envs.registration.EnvSpec.from_json(source["environment"])
+    env = wrap.RecordEpisodeStatistics(gym.make(spec, disable_env_checker=True))
     if isinstance(env.observation_space, gym.spaces.Dict):
-        space = gym.spaces.Dict(dict(sorted(env.observation_space.items())))
-        env = gym.wrappers.TransformObservation(env, lambda x: x, space)
-        env = gym.wrappers.FlattenObservation(env)
-    return env
+        env = wrap.FlattenObservation(env)
+    box = gym.spaces.Box(-1.0, 1.0, env.action_space.shape)
+    env = wrap.TransformAction(env, lambda x: np.clip(x, -1, 1) * units["actions"], box)
+    env = wrap.TransformReward(env, lambda x: rescale(x, *units["rewards"]))
+    return wrap.TransformObservation(env, lambda x: rescale(x, *units["observations"]), None)
 
 
-def check_spaces(observation_space, action_space, name):
-    """Refuse what these scripts cannot learn from: images, discrete or unbounded actions."""
-
-    def vector(space):
-        if isinstance(space, gym.spaces.Dict):
-            return all(map(vector, space.values()))
-        box = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
-        return box and space.dtype != np.uint8
-
-    if not vector(observation_space):
-        fail(f"{name}: observations are {observation_space}; only vectors are supported, no images")
-    bounded = isinstance(action_space, gym.spaces.Box) and action_space.is_bounded()
-    if not bounded or not vector(action_space):
-        fail(f"{name}: actions are {action_space}; only bounded vectors are supported")
-
-
-def flatten_observations(observations):
-    """Nested dicts of (T, ...) arrays -> (T, O), in sorted order, as gymnasium flattens them."""
-    if not isinstance(observations, dict):
-        return np.asarray(observations, np.float32)
-    parts = [flatten_observations(observations[key]) for key in sorted(observations)]
-    return np.concatenate([part.reshape(len(part), -1) for part in parts], axis=1)
-
-
-def read_minari(path):
-    """A Minari dataset as flat arrays, see read_dataset."""
-    dataset = open_minari(path)
-    check_spaces(dataset.observation_space, dataset.action_space, path)
-    parts = []
-    for episode in dataset.iterate_episodes():
-        observations = flatten_observations(episode.observations)  # (T + 1, O)
-        fields = {
-            "observations": observations[:-1], "next_observations": observations[1:],
-            "actions": np.asarray(episode.actions, np.float32),
-            "rewards": np.asarray(episode.rewards, np.float64),
-            "terminals": np.asarray(episode.terminations, bool),
-        }
-        steps = len(fields["rewards"])
-        for name, rows in fields.items():
-            if len(rows) != steps:
-                fail(f"{path}: episode {episode.id}: {steps} rewards, but {name} for {len(rows)}")
-        last = np.arange(steps) == steps - 1
-        parts.append(fields | {"ends": fields["terminals"] | last, "keep": np.ones(steps, bool)})
-    if not parts:
-        fail(f"{path}: no episodes")
-    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-
-def read_flat_file(path):
-    """A .npz or .hdf5 file with D4RL's keys as flat arrays, see read_dataset."""
-    with np.load(path) if path.suffix == ".npz" else h5py.File(path, "r") as file:
-        names = ("observations", "actions", "rewards", "next_observations", "terminals", "timeouts",
-                 "seg_end_index", "seg_end_next_observations")
-        fields = {name: file[name][()] for name in names if name in file}
-    check_fields(fields, path)
-    observations = np.asarray(fields["observations"], np.float32)
-    terminals = np.asarray(fields["terminals"], bool).reshape(-1)
-    ends = terminals | np.asarray(fields.get("timeouts", terminals), bool).reshape(-1)
-    ends[fields.get("seg_end_index", [])] = True
-    ends[-1:] = True
-    if "next_observations" in fields:
-        next_observations = np.asarray(fields["next_observations"], np.float32)
-        jump = np.abs(observations[1:] - next_observations[:-1]).max(axis=1) > 1e-6
-        ends[:-1] |= jump
-        known = np.ones(len(ends), bool)
-    else:  # the next row, except at an end: there the file may give it, else it is unknown
-        next_observations = np.concatenate([observations[1:], observations[-1:]])
-        known = terminals | ~ends  # after a termination it is never looked at
-        if "seg_end_next_observations" in fields:
-            next_observations[fields["seg_end_index"]] = fields["seg_end_next_observations"]
-            known[fields["seg_end_index"]] = True
-    return {
-        "observations": observations, "actions": np.asarray(fields["actions"], np.float32),
-        "rewards": np.asarray(fields["rewards"], np.float64).reshape(-1),
-        "next_observations": next_observations, "terminals": terminals, "ends": ends, "keep": known,
+def load_dataset(config, data, env):
+    """The dataset, a Batch of N rows (without --dataset of one row of zeros), and its source, for
+    config.json: environment, units, reference returns, hash. collect.py checks more."""
+    high, metadata, digest, parts, returns = env.action_space.high, {}, "", [], np.zeros(1)
+    zeros = np.zeros((1, gym.spaces.flatdim(env.observation_space)))  # (1, O)
+    rows = Batch(zeros, high[None] * 0, np.zeros(1), zeros, np.ones(1), np.ones(1))
+    for episode in data.iterate_episodes() if data else ():
+        leaves = jax.tree.leaves(episode.observations)  # of Dicts as FlattenObservation does it
+        observations = np.concatenate([x.reshape(len(x), -1) for x in leaves], axis=1)  # (T + 1, O)
+        ends = 1.0 * (np.arange(1, len(observations)) == len(episode.rewards))  # (T,)
+        step = observations[:-1], episode.actions, episode.rewards, observations[1:]
+        parts.append(Batch(*step, 1.0 - episode.terminations, ends))
+    if data:
+        rows = jax.tree.map(lambda *xs: np.concatenate(xs, dtype=np.float32), *parts)
+        file = data.storage.data_path / "main_data.hdf5"
+        metadata, digest = data.storage.metadata, hashlib.sha256(file.read_bytes()).hexdigest()
+        if np.abs(rows.actions).max() <= 1 + 1e-3 and (high >= 1).all():
+            high = np.ones_like(high)  # the data use this part of the box
+        returns = np.add.reduceat(rows.rewards, np.flatnonzero(np.append(1, rows.ends[:-1])))
+        print(f"{config.dataset}: {len(rows.ends):,} steps, mean return {returns.mean():.1f}")
+    finite = all(np.isfinite(x).all() for x in jax.tree.leaves(rows))
+    if not finite or rows.observations.shape[1] != zeros.shape[1]:
+        raise SystemExit(f"{config.dataset}: bad rows, baselines/collect.py check says which")
+    scale = config.reward_scale * (1000 / np.ptp(returns) if config.normalize_returns else 1)
+    units = {"observations": (1.0, 0.0), "rewards": (scale, config.reward_shift), "actions": high}
+    if config.normalize_observations:
+        std = rows.observations.std(axis=0, dtype=np.float64) + 1e-3
+        units["observations"] = 1 / std, -rows.observations.mean(axis=0, dtype=np.float64) / std
+    rows = rows.replace(
+        observations=rescale(rows.observations, *units["observations"]),
+        actions=np.clip(rows.actions / high, -1 + 1e-5, 1 - 1e-5).astype(np.float32),
+        rewards=rescale(rows.rewards, *units["rewards"]),
+        next_observations=rescale(rows.next_observations, *units["observations"]),
+    )
+    return rows, {
+        "environment": env.spec.to_json(),
+        "units": jax.tree.map(lambda x: np.asarray(x).tolist(), units),
+        "reference": [metadata.get("ref_min_score"), metadata.get("ref_max_score")],
+        "dataset_sha256": digest,
     }
 
 
-def check_fields(fields, path):
-    """Refuse a flat file whose fields are missing or do not fit each other."""
-    needed = {"observations", "actions", "rewards", "terminals"}
-    if not needed <= set(fields):
-        fail(f"{path}: no {', '.join(sorted(needed - set(fields)))}; D4RL's keys are needed")
-    if not {"timeouts", "next_observations", "seg_end_index"} & set(fields):
-        fail(f"{path}: neither timeouts nor next_observations: where do the episodes end?")
-    num_rows = fields["rewards"].size
-    shapes = {"rewards": (num_rows,), "terminals": (num_rows,), "timeouts": (num_rows,),
-              "actions": (num_rows, *fields["actions"].shape[1:]),
-              "observations": (num_rows, *fields["observations"].shape[1:]),
-              "next_observations": fields["observations"].shape}
-    for name, shape in shapes.items():
-        found = fields[name].shape if name in fields else shape
-        if found not in (shape, (*shape, 1)):
-            fail(f"{path}: {name} have shape {found}, but {shape} is needed")
-        if name in ("terminals", "timeouts") and np.isnan(fields.get(name, 0.0)).any():
-            bad = np.isnan(fields[name])
-            fail(f"{path}: {name}: {bad.sum()} rows are not finite, the first is {bad.argmax()}")
-    if not np.isin(fields.get("seg_end_index", []), np.arange(num_rows)).all():
-        fail(f"{path}: seg_end_index has values that are no rows")
-
-
-def read_dataset(path):
-    """Flat arrays of N rows: observations (N, O), actions (N, A), rewards, next_observations,
-    terminals (true terminations), ends (last row of a trajectory, for whatever reason), keep
-    (False where the next observation is unknown: such a row counts in returns, not in training).
-    """
-    try:
-        return read_flat_file(path) if path.is_file() else read_minari(path)
-    except Exception as error:  # a damaged file fails in many ways
-        return fail_damaged(path, error)
-
-
-def check_dataset(arrays, env, path):
-    """Refuse bad rows and a dataset that does not fit its environment, naming field and row."""
-    if not arrays["keep"].any():
-        fail(f"{path}: empty, or no row's next observation is known")
-    for name in ("observations", "actions", "rewards", "next_observations"):
-        bad = ~np.isfinite(arrays[name]).reshape(len(arrays[name]), -1).all(axis=1)
-        if bad.any():
-            fail(f"{path}: {name}: {bad.sum()} rows are not finite, the first is {bad.argmax()}")
-    check_spaces(env.observation_space, env.action_space, env.spec.id)
-    for name, space in (("observations", env.observation_space), ("actions", env.action_space)):
-        if arrays[name].shape[1:] != space.shape:
-            shape = arrays[name].shape[1:]
-            fail(f"{path}: {name} have shape {shape}, but {env.spec.id}'s {space.shape}")
-    low, high = env.action_space.low - 1e-3, env.action_space.high + 1e-3
-    outside = ((arrays["actions"] < low) | (arrays["actions"] > high)).any(axis=1)
-    if outside.any():
-        fail(f"{path}: {outside.sum()} actions outside {env.spec.id}'s box, the first in row "
-             f"{outside.argmax()}")
-
-
-def discounted_returns(rewards, ends, discount):
-    """Monte-Carlo return of every row: the discounted sum of rewards to its trajectory's end."""
-    returns = np.zeros(len(rewards))
-    following = 0.0
-    for i in reversed(range(len(rewards))):
-        following = rewards[i] + discount * following * (not ends[i])
-        returns[i] = following
-    return returns
-
-
-ACTION_LIMIT = 1 - 1e-5  # of actions in batches: at 1 a squashed policy's density is not finite
-
-
-@dataclasses.dataclass(frozen=True)
-class Transform:
-    """Between the data's and environment's units and the agent's. One object serves dataset,
-    online data and evaluation, and is part of the checkpoint."""
-
-    observation_mean: np.ndarray  # (O,)
-    observation_std: np.ndarray  # (O,)
-    action_center: np.ndarray  # (A,)
-    action_scale: np.ndarray  # (A,)
-    reward_scale: np.ndarray  # ()
-    reward_shift: np.ndarray  # ()
-
-    def observations(self, x):
-        return ((x - self.observation_mean) / self.observation_std).astype(np.float32)
-
-    def rewards(self, x):
-        return (np.asarray(x) * self.reward_scale + self.reward_shift).astype(np.float32)
-
-    def actions(self, x):
-        """Data -> agent."""
-        scaled = (x - self.action_center) / self.action_scale
-        return np.clip(scaled, -ACTION_LIMIT, ACTION_LIMIT).astype(np.float32)
-
-    def environment_actions(self, x):
-        """Agent -> environment."""
-        return (x * self.action_scale + self.action_center).astype(np.float32)
-
-
-def fit_transform(arrays, action_space, config):
-    """The dataset's Transform. Actions pass unchanged where the data lie in [-1, 1] and the box
-    contains it; otherwise both are rescaled by the environment's box."""
-    observations, actions = arrays["observations"], arrays["actions"]
-    mean, std = np.zeros(observations.shape[1]), np.ones(observations.shape[1])
-    if config.normalize_observations:
-        mean = observations.mean(axis=0, dtype=np.float64)
-        std = observations.std(axis=0, dtype=np.float64) + 1e-3
-    low, high = action_space.low, action_space.high
-    center, scale = (low + high) / 2, (high - low) / 2
-    if np.abs(actions).max() <= 1 + 1e-3 and (low <= -1).all() and (high >= 1).all():
-        center, scale = np.zeros_like(center), np.ones_like(scale)
-    reward_scale = config.reward_scale
-    if config.normalize_returns:
-        span = np.ptp(episode_returns(arrays))
-        if span < 1e-6:
-            fail("--normalize-returns: all trajectories have the same return; turn it off by "
-                 "--no-normalize-returns")
-        reward_scale *= 1000.0 / span
-    rewards = np.array(reward_scale), np.array(config.reward_shift)
-    return Transform(mean, std, center, scale, *rewards)
-
-
-def episode_returns(arrays):
-    """Undiscounted return of every trajectory in the dataset, in the environment's units."""
-    first = np.concatenate([[0], np.flatnonzero(arrays["ends"])[:-1] + 1])
-    return np.add.reduceat(arrays["rewards"], first)
-
-
-def agent_batch(arrays, transform):
-    """The dataset's kept rows as the agent sees them: a Batch of NumPy arrays."""
-    keep = arrays["keep"]
-    return Batch(
-        observations=transform.observations(arrays["observations"][keep]),
-        actions=transform.actions(arrays["actions"][keep]),
-        rewards=transform.rewards(arrays["rewards"][keep]),
-        next_observations=transform.observations(arrays["next_observations"][keep]),
-        masks=1.0 - arrays["terminals"][keep].astype(np.float32),
-    )
-
-
-# ---------------------------------------------------------------------------------- Replay buffer
-
-
-@flax.struct.dataclass
-class ReplayBuffer:
-    """A ring of transitions on the device: `rows` (C, ...), of which `size` are filled."""
-
-    rows: Batch
-    size: jax.Array
-    position: jax.Array  # where the next transition goes
-
-
-def empty_buffers(num_seeds, capacity, blank):
-    """A buffer per seed, on the host: rows (S, C, ...), each like the transition `blank`."""
-    rows = jax.tree.map(lambda x: np.full((num_seeds, capacity, *x.shape), x, x.dtype), blank)
-    counts = np.zeros(num_seeds, np.int32)
-    return ReplayBuffer(rows, counts, counts)
-
-
-def insert(buffer, transition):
-    """The buffer with one transition more, the oldest overwritten when it is full."""
-    capacity = buffer.rows.rewards.shape[0]
-    rows = jax.tree.map(lambda x, new: x.at[buffer.position].set(new), buffer.rows, transition)
-    size = jnp.minimum(buffer.size + 1, capacity)
-    return ReplayBuffer(rows, size, (buffer.position + 1) % capacity)
-
-
-def sample(rows, size, key, batch_size):
-    """`batch_size` transitions, uniform with replacement over the first `size` rows."""
-    indices = jax.random.randint(key, (batch_size,), 0, size)  # (B,)
-    return jax.tree.map(lambda x: x[indices], rows)
-
-
-def sample_union(dataset, buffer, key, batch_size):
-    """`batch_size` transitions, uniform over the dataset and the buffer together."""
-    num_offline = dataset.rewards.shape[0]
-    indices = jax.random.randint(key, (batch_size,), 0, num_offline + buffer.size)  # (B,)
-    online = indices >= num_offline  # (B,)
-
-    def pick(offline_rows, online_rows):
-        chosen = online.reshape(-1, *[1] * (offline_rows.ndim - 1))  # (B, 1) or (B,)
-        return jnp.where(chosen, online_rows[indices - num_offline], offline_rows[indices])
-
-    return jax.tree.map(pick, dataset, buffer.rows)
-
-
-# ---------------------------------------------------------------------------- Monte-Carlo returns
-
-
-def monte_carlo_returns(rewards, masks, ends, failure, config):
-    """Discounted return (N,) of every row to its trajectory's end, the last reward repeated for
-    ever where `return_rule` says so. `failure`: failure_reward in the agent's units."""
-    last = np.flatnonzero(ends)
-    first = np.concatenate([[0], last[:-1] + 1])
-    failed = np.logical_and.reduceat(rewards == failure, first)
-    repeats = {"finite": 0.0, "sparse": failed, "infinite": 1.0}[config.return_rule] * masks[last]
-    rewards = rewards.astype(np.float64)
-    rewards[last] = np.where(repeats > 0, rewards[last] / (1 - config.discount), rewards[last])
-    return discounted_returns(rewards, ends, config.discount).astype(np.float32)
-
-
-@partial(jax.jit, static_argnames="config", donate_argnames="buffer")
-def write_returns(buffer, lengths, failure, config):
-    """Give the newest `lengths` (S,) rows of every seed, an episode that has ended, their returns;
-    0 where none has. The rule is that of monte_carlo_returns; `buffer` is donated."""
-
-    def one_seed(buffer, length):
-        capacity = buffer.rows.rewards.shape[0]
-        last, rewards = (buffer.position - 1) % capacity, buffer.rows.rewards
-        mine = (last - jnp.arange(capacity)) % capacity < length  # (C,)
-        failed = jnp.where(mine, rewards == failure, True).all()
-        repeats = {"finite": False, "sparse": failed, "infinite": True}[config.return_rule]
-        repeats = jnp.logical_and(repeats, buffer.rows.masks[last] > 0)
-        scale = jnp.where(repeats, 1 / (1 - config.discount), 1.0)
-
-        def body(age, carry):
-            returns, following = carry
-            at = (last - age) % capacity
-            reward = rewards[at] * jnp.where(age == 0, scale, 1.0)
-            following = reward + config.discount * following
-            return returns.at[at].set(following), following
-
-        start = buffer.rows.mc_returns, jnp.float32(0.0)
-        returns, _ = jax.lax.fori_loop(0, jnp.minimum(length, capacity), body, start)
-        return buffer.replace(rows=buffer.rows.replace(mc_returns=returns))
-
-    return jax.vmap(one_seed)(buffer, lengths)
-
-
-def batch_with_returns(arrays, transform, config):
-    """The dataset's kept rows with their Monte-Carlo returns: a Batch of NumPy arrays."""
-    rewards = transform.rewards(arrays["rewards"])
-    failure, masks = transform.rewards(config.failure_reward), 1.0 - arrays["terminals"]
-    returns = monte_carlo_returns(rewards, masks, arrays["ends"], failure, config)
-    return agent_batch(arrays, transform).replace(mc_returns=returns[arrays["keep"]])
-
-
-def store(run, transitions):
-    """Insert one transition (S, ...) per seed, and at an episode's end its rows' returns."""
-    unknown = np.full(run.config.num_seeds, -np.inf, np.float32)
-    transitions = split(transitions.replace(mc_returns=unknown), run.devices)
-    run.buffers = list(map(insert_transitions, run.buffers, transitions))
-    ended = {i: length for i, _, length in run.rollout.finished if not run.rollout.played[i]}
-    if ended:
-        lengths = np.array([ended.get(i, 0) for i in range(run.config.num_seeds)], np.int32)
-        failure = np.float32(run.transform.rewards(run.config.failure_reward))
-        write = partial(write_returns, failure=failure, config=run.config)
-        run.buffers = list(map(write, run.buffers, split(lengths, run.devices)))
-
-
-# ---------------------------------------------------------------------------------- Training steps
-
-
 def for_each_seed(function, *arguments):
-    """`function` over the leading axis, the seeds of one device: side by side on an accelerator,
-    one after the other on a CPU, where batching the small matmuls halves their speed."""
+    """`function` over the seeds, the leading axis; on a CPU in turn, which is twice as fast."""
     if jax.default_backend() == "cpu":
         return jax.lax.map(lambda xs: function(*xs), arguments)
     return jax.vmap(function)(*arguments)
 
 
-@partial(jax.jit, static_argnames=("config", "num_steps"), donate_argnames="state")
-def update_steps(state, dataset, config, num_steps):
-    """`num_steps` updates of every seed on uniform batches of the dataset, compiled as one scan.
-
-    `state` is donated: use the returned one. Metrics are means over the steps, (S,).
-    """
-
-    def one_seed(state):
-        def body(state, _):
-            key, sample_key = jax.random.split(state.key)
-            batch = sample(dataset, dataset.rewards.shape[0], sample_key, config.batch_size)
-            return update_step(state.replace(key=key), batch, config)
-
-        state, info = jax.lax.scan(body, state, length=num_steps)
-        return state, jax.tree.map(jnp.mean, info)
-
-    return for_each_seed(one_seed, state)
-
-
-@partial(jax.jit, donate_argnames="buffer")
-def insert_transitions(buffer, transitions):
-    """Insert one transition (S, ...) per seed, in place: `buffer` is donated.
-
-    A call of its own, because XLA copies the whole buffer where one program writes and reads it.
-    """
-    return jax.vmap(insert)(buffer, transitions)
-
-
-@jax.jit
-def act(state, observations):
-    """The training policy's actions (S, A) in observations (S, O), and the next keys (S, 2)."""
-    keys = jax.vmap(partial(jax.random.split, num=2))(state.key)  # (S, 2, 2)
-    return jax.vmap(sample_action)(state, observations, keys[:, 1]), keys[:, 0]
-
-
-@jax.jit
-def act_deterministically(state, observations):
-    """The evaluated policy's actions (S, E, A) in observations (S, E, O)."""
-    return jax.vmap(mode_actions)(state, observations)
-
-
-# ------------------------------------------------------------------------------ Seeds and devices
-# A shard is what one device holds of the seeds; shards[d] has a leading axis of S / D seeds. Each
-# device is given its own calls: they run side by side because dispatch returns at once.
-
-
-def available_cores():
-    """How many cores this process may use; of how many, XLA's last digits depend."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def use_all_cores(num_seeds):
-    """Before jax starts: one virtual CPU device per core, as far as they divide the seeds."""
-    divisors = [d for d in range(1, available_cores() + 1) if num_seeds % d == 0]
-    with contextlib.suppress(RuntimeError):  # jax has started, in a notebook say: as it is
-        jax.config.update("jax_num_cpu_devices", max(divisors))
-
-
-def seed_devices(num_seeds):
-    """The devices that the seeds are spread over: as many as divide their number."""
-    devices = jax.devices()
-    return devices[: max(d for d in range(1, len(devices) + 1) if num_seeds % d == 0)]
-
-
-def split(tree, devices):
-    """(S, ...) arrays -> a list with every device's part of the seeds."""
-    leaves, structure = jax.tree.flatten(tree)
-    parts = zip(*[x.reshape(len(devices), -1, *x.shape[1:]) for x in leaves], strict=True)
-    return [jax.tree.unflatten(structure, part) for part in parts]
-
-
-def to_devices(tree, devices):
-    """(S, ...) arrays -> one shard on each device."""
-    parts = zip(split(tree, devices), devices, strict=True)
-    return [jax.device_put(part, device) for part, device in parts]
-
-
-def to_host(shards):
-    """Shards -> NumPy arrays (S, ...)."""
-    return jax.tree.map(lambda *xs: np.concatenate(xs), *jax.device_get(shards))
-
-
-def on_every_device(function, *shards):
-    """`function(*shards)` on every device; for each of its results, the list of shards."""
-    results = [function(*arguments) for arguments in zip(*shards, strict=True)]
-    return [list(result) for result in zip(*results, strict=True)]
-
-
-# ------------------------------------------------------------------------------------ Environments
-
-
-def episode_seed(stream, seed, episode):
-    """Reset seed of one episode; every episode has its own, so that any can be played again.
-    `stream` keeps training (0), evaluation (1) and film (2) apart."""
-    return int(np.random.SeedSequence((stream, seed, episode)).generate_state(1)[0])
-
-
-@dataclasses.dataclass
-class Rollout:
-    """The training environments, as many for every seed, between two steps."""
-
-    envs: list
-    observations: np.ndarray  # (S, O), in the environments' units; S counts environments here
-    actions: np.ndarray  # (S, A), the agents' next ones
-    episodes: np.ndarray  # (S,), episodes finished so far
-    played: list  # per environment: the actions since the last reset
-    finished: list  # (seed index, return, length) of the episodes finished since the last log
-
-
-def start_rollout(run, saved=None, num_envs=1):
-    """Reset the training environments, `num_envs` per seed; with the arrays of a checkpoint play
-    the interrupted episodes again, which brings a deterministic simulator back to its state, bit
-    for bit."""
-    indices = range(run.config.num_seeds * num_envs)
-    envs = [gym.wrappers.RecordEpisodeStatistics(make_env(run.spec)) for _ in indices]
-    episodes = saved["rollout/episodes"] if saved else np.zeros(len(envs), int)
-    played = [list(saved[f"rollout/played/{i}"]) if saved else [] for i in indices]
-    observations = np.zeros((len(envs), *envs[0].observation_space.shape))  # (S, O)
-    actions = saved and saved["rollout/actions"]
-    rollout = Rollout(envs, observations, actions, episodes, played, [])
-    for i, env in enumerate(envs):
-        observations[i] = reset_environment(run, rollout, i)
-        for action in played[i]:
-            observations[i], *_ = env.step(run.transform.environment_actions(action))
-    return rollout
-
-
-def reset_environment(run, rollout, i):
-    """Begin the next episode of training environment i; returns its first observation (O,)."""
-    num_envs = len(rollout.envs) // run.config.num_seeds
-    number = int(rollout.episodes[i]) * num_envs + i % num_envs
-    seed = episode_seed(0, run.config.seed + i // num_envs, number)
-    return rollout.envs[i].reset(seed=seed)[0]
-
-
-def step_rollout(run):
-    """Step every environment with the agents' next actions; ended ones are reset.
-
-    Returns the transitions, a Batch (S, ...); a next observation is the one before a reset.
-    """
-    rollout, num_envs = run.rollout, len(run.rollout.envs) // run.config.num_seeds
-    before, next_observations = rollout.observations.copy(), rollout.observations.copy()  # (S, O)
-    rewards, terminated = np.zeros(len(before)), np.zeros(len(before), bool)  # (S,)
-    actions = run.transform.environment_actions(rollout.actions)  # (S, A)
-    for i, env in enumerate(rollout.envs):
-        observation, rewards[i], terminated[i], truncated, info = env.step(actions[i])
-        rollout.played[i].append(rollout.actions[i])
-        next_observations[i] = rollout.observations[i] = observation
-        if terminated[i] or truncated:
-            rollout.finished.append((i // num_envs, info["episode"]["r"], info["episode"]["l"]))
-            rollout.episodes[i] += 1
-            rollout.played[i] = []
-            rollout.observations[i] = reset_environment(run, rollout, i)
-    return Batch(
-        observations=run.transform.observations(before),
-        actions=np.clip(rollout.actions, -ACTION_LIMIT, ACTION_LIMIT),
-        rewards=run.transform.rewards(rewards),
-        next_observations=run.transform.observations(next_observations),
-        masks=1.0 - terminated.astype(np.float32),
-    )
-
-
-def evaluate(run):
-    """Returns and lengths (S, E) of one episode in each of the S * E environments, played side by
-    side by the deterministic policy. Always the same start states; training is not touched."""
-    shape = run.config.num_seeds, run.config.eval_episodes
-    observations = np.zeros((*shape, *run.eval_envs[0].observation_space.shape))  # (S, E, O)
-    returns, lengths, playing = np.zeros(shape), np.zeros(shape, int), np.ones(shape, bool)
-    envs = np.array(run.eval_envs, object).reshape(shape)
-    for i, j in np.ndindex(*shape):
-        observations[i, j], _ = envs[i, j].reset(seed=episode_seed(1, run.config.seed + i, j))
-    while playing.any():
-        inputs = split(run.transform.observations(observations), run.devices)
-        actions = to_host(list(map(act_deterministically, run.shards, inputs)))  # (S, E, A)
-        actions = run.transform.environment_actions(actions)
-        for i, j in np.argwhere(playing):
-            step = envs[i, j].step(actions[i, j])
-            observations[i, j], reward, terminated, truncated, _ = step
-            returns[i, j] += reward
-            lengths[i, j] += 1
-            playing[i, j] = not (terminated or truncated)
-    return returns, lengths
-
-
-REFERENCE_RETURNS = {  # random and expert return, from D4RL (Fu et al. 2020, its infos.py)
-    "HalfCheetah-v4": (-280.178953, 12135.0),
-    "Hopper-v4": (-20.272305, 3234.3),
-    "Walker2d-v4": (1.629008, 4592.3),
-    "Ant-v4": (-325.6, 3879.7),
-    "AdroitHandDoor-v1": (-56.512833, 2880.5693087298737),
-    "AdroitHandHammer-v1": (-274.856578, 12794.134825156867),
-    "AdroitHandPen-v1": (96.262799, 3076.8331017826877),
-    "AdroitHandRelocate-v1": (-6.425911, 4233.877797728884),
-    "FrankaKitchen-v1": (0.0, 4.0),
-}
-
-
-def reference_returns(spec):
-    """(random, expert) return of an environment, and where they are from; NaN where none is known.
-    A sparse maze that ends at its goal has return 1 or 0: its score is the success rate."""
-    spec = json.loads(spec)
-    ends = not spec["kwargs"].get("continuing_task", True)
-    if "Maze" in spec["id"] and ends and spec["kwargs"].get("reward_type") != "dense":
-        return 0.0, 1.0, "success rate in percent"
-    # D4RL's kitchen sets on Minari count every finished task again in each step: no such reference
-    counted_again = not spec["kwargs"].get("remove_task_when_completed", True)
-    if spec["id"] in REFERENCE_RETURNS and not counted_again:
-        return *REFERENCE_RETURNS[spec["id"]], "D4RL's, 0 random, 100 expert"
-    return np.nan, np.nan, "no reference known, returns are raw"
-
-
-def evaluation_values(run):
-    """The evaluation's columns, each (S,): means over episodes."""
-    returns, lengths = evaluate(run)  # (S, E)
-    random, expert, _ = reference_returns(run.spec)
-    scores = 100.0 * (returns - random) / (expert - random)  # (S, E)
-    return {"return": returns.mean(1), "length": lengths.mean(1), "score": scores.mean(1)}
-
-
-# ------------------------------------------------------------------------- Cloning, distilling
-
-
-@partial(jax.jit, static_argnames=("config", "num_steps"), donate_argnames="state")
-def clone_steps(state, dataset, config, num_steps):
-    """`num_steps` cloning updates of every seed on uniform batches of the dataset, as one scan.
-
-    `state` is donated: use the returned one. Metrics are means over the steps, (S,).
-    """
-
-    def one_seed(state):
-        def body(state, _):
-            key, sample_key = jax.random.split(state.key)
-            batch = sample(dataset, dataset.rewards.shape[0], sample_key, config.batch_size)
-            return imitate_data(state.replace(key=key), batch, config)
-
-        state, info = jax.lax.scan(body, state, length=num_steps)
-        return state, jax.tree.map(jnp.mean, info)
-
-    return for_each_seed(one_seed, state)
-
-
-def cloning_chunk(run, num_steps):
-    """`num_steps` cloning updates of every seed. Returns the mean metrics, (S,)."""
-    update = partial(clone_steps, config=run.config, num_steps=num_steps)
-    run.shards, infos = on_every_device(update, run.shards, run.datasets)
-    return to_host(infos) | {"updates": num_steps * run.config.num_seeds}
-
-
-@partial(jax.jit, static_argnames=("update", "draw", "config"), donate_argnames="state")
-def learn(state, buffer, dataset, counts, update, draw, config):
-    """`counts` (S,) calls of `update(state, batch, config)` on batches from `draw`, as many for
-    every seed as it has coming, none where the count is 0. `state` is donated: use the returned
-    one. Metrics are sums over the calls, (S,)."""
-
-    def one_seed(state, buffer, count):
-        def step(state):
-            key, draw_key = jax.random.split(state.key)
-            batch = draw(dataset, buffer, draw_key, config)
-            return update(state.replace(key=key), batch, config)
-
-        def body(_, carry):
-            state, sums = carry
-            state, info = step(state)
-            return state, jax.tree.map(jnp.add, sums, info)
-
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(step, state)[1])
-        return jax.lax.fori_loop(0, count, body, (state, zeros))
-
-    return for_each_seed(one_seed, state, buffer, counts)
-
-
-def learn_in_slices(run, left, update, draw):
-    """`left` (S,) calls of `learn`'s update per seed, in slices short enough to keep the progress
-    bar alive. Returns the metrics' sums over the calls, and their number: (2, S), by name."""
-    learn_some, totals = partial(learn, update=update, draw=draw, config=run.config), {}
-    while left.any():
-        counts = np.minimum(left, 50)  # (S,)
-        inputs = run.shards, run.buffers, run.datasets, split(counts, run.devices)
-        run.shards, infos = on_every_device(learn_some, *inputs)
-        for name, sums in to_host(infos).items():
-            totals[name] = totals.get(name, 0) + np.stack([sums, counts])
-        left = left - counts
-        run.bar.refresh()
-    return totals
-
-
-def episodes_chunk(run, num_steps):
-    """`num_steps` environment steps of every seed. Where an episode of L steps ends, as many
-    distillation steps follow, and then as many of the critic.
-
-    Returns the mean metrics, (S,), masked where a seed had no updates, and the mean return and
-    length of the training episodes that ended.
-    """
-    config, parts = run.config, []
-    for _ in range(num_steps):
-        store(run, step_rollout(run))
-        lengths = np.zeros(config.num_seeds, np.int32)  # (S,)
-        for i, _, length in run.rollout.finished:
-            lengths[i] = 0 if run.rollout.played[i] else length  # those of this step alone
-        counts = lengths * config.distillation_ratio, lengths * config.utd_ratio
-        parts.append(learn_in_slices(run, counts[0], distil, distillation_batch))
-        parts.append(learn_in_slices(run, counts[1], update_step, online_batch))
-        observations = split(run.transform.observations(run.rollout.observations), run.devices)
-        actions, keys = on_every_device(act, run.shards, observations)
-        run.shards = [s.replace(key=key) for s, key in zip(run.shards, keys, strict=True)]
-        run.rollout.actions = to_host(actions)  # (S, A)
-    names = dict.fromkeys(name for part in parts for name in part)
-    totals = {name: sum(part[name] for part in parts if name in part) for name in names}  # (2, S)
-    values = {name: np.ma.array(sums / np.maximum(counts, 1), mask=counts == 0)
-              for name, (sums, counts) in totals.items()}
-    updates = sum(totals[name][1].sum() for name in ("actor_loss", "critic_loss") if name in totals)
-    return values | finished_episodes(run) | {"updates": updates}
-
-
-# -------------------------------------------------------------------------------------- Checkpoint
-
-
-def named_arrays(tree, prefix):
-    """{prefix/path/of/leaf: NumPy array} of a tree."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
+@partial(jax.jit, static_argnames=("config", "update", "num_steps"), donate_argnames="agents")
+def update_steps(agents, dataset, config, update, num_steps):
+    """`num_steps` updates of every agent, as one scan. Metrics are sums. `agents` is donated."""
+
+    def body(agent, _):
+        key, sample_key = jax.random.split(agent.key)
+        rows = jax.random.randint(sample_key, (config.batch_size,), 0, len(dataset.rewards))  # (B,)
+        batch = jax.tree.map(lambda x: x[rows], dataset)
+        return update(agent.replace(key=key), batch, config)
+
+    agents, info = for_each_seed(partial(jax.lax.scan, body, length=num_steps), agents)
+    return agents, jax.tree.map(partial(jnp.sum, axis=1), info)
+
+
+def offline_round(agents, buffers, run, first, last, update):
+    """Updates `first` to `last` on the dataset, in slices, so that the bar moves."""
+    config, dataset, _, bar = run
+    totals = []
+    for begin in range(first, last, 200):
+        size = min(200, last - begin)
+        agents, info = update_steps(agents, dataset, config, update, size)
+        totals.append(jax.device_get(info))
+        bar.update(size)
+    means = {name: sum(x[name] for x in totals) / (last - first) for name in totals[0]}
+    return agents, buffers, means | {"updates": last - first}
+
+
+act_all = jax.jit(jax.vmap(act, in_axes=(0, 0, None)), static_argnums=2)  # (S, E, O) -> (S, E, A)
+
+
+def evaluate(agents, envs, source, config):
+    """Mean return and score (S,) of an episode in each of S * E environments, always the same."""
+    shape = config.num_seeds, config.eval_episodes
+    seeds = [10_000 * (config.seed + i) + episode for i, episode in np.ndindex(*shape)]
+    (observations, _), returns = envs.reset(seed=seeds), np.full(len(seeds), np.nan)
+    while np.isnan(returns).any():
+        actions = np.asarray(act_all(agents, observations.reshape(*shape, -1), config))
+        observations, _, terminated, truncated, info = envs.step(actions.reshape(len(seeds), -1))
+        for i in np.flatnonzero((terminated | truncated) & np.isnan(returns)):
+            returns[i] = info["final_info"]["episode"]["r"][i]
+    low, high = (np.nan if x is None else x for x in source["reference"])
+    values = {"return": returns, "score": 100 * (returns - low) / (high - low)}
+    return {name: x.reshape(shape).mean(axis=1) for name, x in values.items()}
+
+
+def named_arrays(**trees):
+    """{path/of/leaf: NumPy array}."""
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(trees))
     name = partial(jax.tree_util.keystr, simple=True, separator="/")
-    return {f"{prefix}/{name(path)}": np.asarray(leaf) for path, leaf in leaves}
+    return {name(path): np.asarray(leaf) for path, leaf in leaves}
 
 
-def restore(template, arrays, prefix, path):
-    """A tree like `template` from the named arrays of the checkpoint read from `path`."""
-    leaves, structure = jax.tree.flatten(template)
-    for name, leaf in named_arrays(template, prefix).items():
-        found = arrays[name].shape if name in arrays else "missing"
-        if found != leaf.shape:
-            fail(f"{path}: {name} is {found}, but this run needs {leaf.shape}")
-    unused = {name for name in arrays if name.startswith(f"{prefix}/")}
-    unused -= set(named_arrays(template, prefix))
-    if unused:
-        fail(f"{path}: {min(unused)} has no place in this run; another size of its networks?")
-    return jax.tree.unflatten(structure, [arrays[name] for name in named_arrays(template, prefix)])
-
-
-def save_checkpoint(path, arrays, meta):
-    """Write arrays and meta (JSON) so that a kill at any moment leaves a whole checkpoint: to a
-    temporary file, synced, then renamed; the one before is kept as *.previous.npz."""
-    temporary, previous = path.with_suffix(".tmp"), path.with_suffix(".previous.npz")
+def save(folder, arrays, meta):
+    """metrics.csv, then checkpoint.npz: a kill at any moment leaves the old one or the new one."""
+    temporary = folder / f"checkpoint.{os.getpid()}.tmp"
+    names = ("phase", "step", "seed", *METRICS, "return", "score", "updates_per_second", "seconds")
     try:
+        with open(folder / "metrics.csv", "w") as file:
+            table = [names, *([row.get(name, "") for name in names] for row in meta["rows"])]
+            csv.writer(file, lineterminator="\n").writerows(table)
         with open(temporary, "wb") as file:
-            text = json.dumps(meta | {"arrays": sorted(arrays)}).encode()
-            np.savez(file, meta=np.frombuffer(text, np.uint8), **arrays)
+            np.savez(file, meta=np.frombuffer(json.dumps(meta).encode(), np.uint8), **arrays)
             file.flush()
             os.fsync(file.fileno())
-        if path.exists():
-            os.replace(path, previous)
-        os.replace(temporary, path)
+        os.replace(temporary, folder / "checkpoint.npz")
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        fail(f"cannot write {path} ({error.strerror}); the checkpoint before it is whole", code=4)
+        raise SystemExit(f"{folder}: {error.strerror}; the checkpoint before is whole") from None
 
 
-def load_checkpoint(path):
-    """(arrays, meta, path read) of a checkpoint or a run folder. Every byte is checked (the zip's
-    CRC-32); for a damaged or missing file the one before is taken, with a warning."""
-    path = Path(path) / "checkpoint.npz" if Path(path).is_dir() else Path(path)
-    warnings = []
-    for candidate in (path, path.with_suffix(".previous.npz")):
-        try:
-            with np.load(candidate, allow_pickle=False) as file:
-                if file.zip.testzip():  # NumPy reads, and checks, only as far as a header says
-                    raise ValueError("wrong checksum")
-                arrays = {name: file[name] for name in file.files}
-            meta = json.loads(arrays.pop("meta").tobytes())
-            if meta["arrays"] != sorted(arrays):
-                raise ValueError("arrays are missing")
-        except Exception as error:  # a damaged file fails in many ways
-            warnings.append(f"warning: {candidate}: {type(error).__name__}: {error}")
-        else:
-            for warning in warnings:
-                print(warning, file=sys.stderr)
-            return arrays, meta, candidate
-    return fail(f"{path}: no readable checkpoint")
-
-
-def load_own_checkpoint(path, others=()):
-    """load_checkpoint, refusing one of a script that is neither this one nor among `others`."""
-    arrays, meta, found = load_checkpoint(path)
-    if meta.get("script") not in (Path(__file__).stem, *others):
-        fail(f"{found}: a checkpoint of {meta.get('script')}.py, not of {Path(__file__).name}")
-    return arrays, meta, found
-
-
-def save_run(run):
-    """One checkpoint of all that the run needs to go on, bit for bit on a CPU."""
-    arrays = named_arrays(to_host(run.shards), "state")
-    arrays |= named_arrays(dataclasses.asdict(run.transform), "transform")
-    if run.buffers is not None:
-        buffers = to_host(run.buffers)
-        rows = jax.tree.map(lambda x: x[:, : buffers.size.max()], buffers.rows)
-        arrays |= named_arrays(buffers.replace(rows=rows), "buffer")
-    if run.rollout is not None:
-        arrays["rollout/actions"] = run.rollout.actions
-        arrays["rollout/episodes"] = run.rollout.episodes
-        for i, played in enumerate(run.rollout.played):
-            arrays[f"rollout/played/{i}"] = np.array(played, np.float32)
-    meta = {"script": Path(__file__).stem, "config": dataclasses.asdict(run.config),
-            "spec": run.spec, "pretrain": run.pretrain, "offline": run.offline,
-            "online": run.online, "log_size": run.log_size}
-    save_checkpoint(run.folder / "checkpoint.npz", arrays, meta)
-
-
-def restore_agent(run, source):
-    """Put agent and transform of a checkpoint into `run`; returns the checkpoint."""
-    arrays, meta, found = load_own_checkpoint(source, INIT_FROM)
-    state = restore(to_host(run.shards), arrays, "state", found)
-    run.shards = to_devices(state, run.devices)
-    names = [field.name for field in dataclasses.fields(Transform)]
-    run.transform = Transform(**{name: arrays[f"transform/{name}"] for name in names})
-    return arrays, meta, found
-
-
-def resume_run(run):
-    """Go on where the checkpoint in the run's folder left off; returns it."""
-    arrays, meta, found = restore_agent(run, run.folder)
-    for name in ("pretrain", "offline", "online", "log_size"):
-        setattr(run, name, meta[name])
-    os.replace(found, run.folder / "checkpoint.npz")  # were it the one before: the last is damaged
-    return arrays, found
-
-
-# ---------------------------------------------------------------------- Command line, run folder
-
-
-def locate(config):
-    """Dataset path, environment specification (JSON), and the preset that `auto` stands for."""
-    path = find_dataset(config.dataset)
-    spec = environment_spec(path, config.env_id)
-    return path, spec, "default" if config.dataset is None else domain(json.loads(spec)["id"])
-
-
-def domain(env_id):
-    """Name of the preset for an environment."""
-    words = ("AntMaze", "PointMaze", "Kitchen", "Adroit")
-    return next((word.lower() for word in words if word in env_id), "mujoco")
-
-
-def settle(config):
-    """The configuration with the policy class's own settings where none are given, after refusing
-    what does not fit together."""
-    if config.policy not in POLICIES:
-        fail(f"--policy {config.policy}: must be one of {', '.join(POLICIES)}")
-    defaults = POLICY_SETTINGS[config.policy]
-    missing = {k: v for k, v in defaults.items() if getattr(config, k) is None}
-    config = dataclasses.replace(config, **missing)
-    if config.critic == "rlpd" and config.offline_steps:
-        fail("--critic rlpd: this critic begins with the environment, add --offline-steps 0")
-    if config.kept_actions > config.base_actions:
-        fail(f"--kept-actions {config.kept_actions}: more than --base-actions "
-             f"{config.base_actions}")
-    if config.kept_actions == 1 and config.online_steps and config.distillation_ratio:
-        fail("--kept-actions 1: online the data's action takes the place of one, keep at least 2")
-    if config.value_bins == 1 or config.value_min >= config.value_max:
-        fail("--value-bins must be 0 or at least 2, and --value-min below --value-max")
-    if config.policy == "transformer" and config.policy_width % config.attention_heads:
-        fail(f"--policy-width {config.policy_width}: must be a multiple of --attention-heads "
-             f"{config.attention_heads}")
-    resumed = config.resume and Path(config.resume, "config.json").is_file()
-    if config.init_from and not resumed and not config.eval_only:  # else its source may be gone
-        check_same_meaning(config)
-    return config
-
-
-def check_same_meaning(config):
-    """Refuse to start from a checkpoint whose parameters would mean something else here."""
-    _, meta, found = load_own_checkpoint(config.init_from)
-    for name in ("policy", "denoising_steps", "value_bins", "value_min", "value_max"):
-        mine, its = getattr(config, name), meta["config"][name]
-        if mine != its:
-            fail(f"--init-from {found}: was made with --{name.replace('_', '-')} {its}, not {mine}")
-    its = meta["config"]["critic"]
-    if config.critic == "iql" and its != "iql":
-        fail(f"--init-from {found}: was made with --critic {its}, and so has no V for --critic iql")
-
-
-def check_value_range(batch, config):
-    """Refuse a histogram that the data's own returns do not fit into."""
-    low, high = batch.mc_returns.min(), batch.mc_returns.max()
-    slack = 1e-3 * (config.value_max - config.value_min)
-    inside = config.value_min - slack <= low and high <= config.value_max + slack
-    if config.value_bins and not inside:
-        fail(f"--value-min {config.value_min:g} --value-max {config.value_max:g}: the data's "
-             f"discounted returns go from {low:.1f} to {high:.1f}")
-
-
-def check_config(config):
-    """Refuse numbers out of range before anything is built."""
-    for name, (low, high) in RANGES.items():
-        value = getattr(config, name)
-        if value is not None and not low <= value <= high:
-            fail(f"--{name.replace('_', '-')} {value}: must be in [{low}, {high}]")
-    for name, values in dataclasses.asdict(config).items():
-        if isinstance(values, tuple) and not all(1 <= width <= 10**5 for width in values):
-            fail(f"--{name.replace('_', '-')} {values}: must be in [1, 100000]")
-    if config.preset != "auto" and config.eval_interval % config.log_interval:
-        fail(f"--eval-interval must be a multiple of --log-interval {config.log_interval}")
-
-
-def check_resumed(config, recorded):
-    """Refuse to go on with a run under settings that are not its own."""
-    check_config(config)
-    free = {"resume", "run_dir", "online_steps", "eval_episodes", "video", "wandb"}
-    free |= {"save_dataset", "dataset_steps", "dataset_policy"}
-    names = [field.name for field in dataclasses.fields(Config) if field.name not in free]
-    changed = [name for name in names if getattr(config, name) != getattr(recorded, name)]
-    if changed:
-        fail(f"--resume {config.resume}: that run has another {', '.join(changed)}")
-
-
-def config_from(text):
-    """A Config from its JSON form."""
+def load(folder):
+    """The arrays and the meta of a run's checkpoint; the zip's checksums are checked."""
     try:
-        values = json.loads(text)
-    except ValueError as error:
-        fail(f"not the configuration of another script or version, but damaged: {error}")
-    unknown = set(values) ^ {field.name for field in dataclasses.fields(Config)}
-    if unknown:
-        fail(f"configuration of another script or version: {', '.join(sorted(unknown))}")
-    return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        arrays = dict(np.load(Path(folder, "checkpoint.npz")))
+        return arrays, json.loads(arrays.pop("meta").tobytes())
+    except Exception as error:  # missing, or damaged in one of many ways
+        raise SystemExit(f"{folder}/checkpoint.npz: unreadable ({error})") from None
+
+
+def restore(template, arrays, folder):
+    """A tree like `template` from a checkpoint's arrays. Fields it has not stay as they are."""
+    own, fields = named_arrays(**template), {name.split("/")[1] for name in arrays}
+    arrays = {name: x for name, x in arrays.items() if name.split("/")[0] in template}
+    arrays |= {name: x for name, x in own.items() if name.split("/")[1] not in fields}
+    if {name: x.shape for name, x in arrays.items()} != {name: x.shape for name, x in own.items()}:
+        raise SystemExit(f"{folder}: an agent with other networks, or of other sizes")
+    return jax.device_put(jax.tree.structure(template).unflatten([arrays[name] for name in own]))
 
 
 def parse_config(arguments):
-    """Command line -> (Config, dataset path, environment specification).
-
-    What counts, weakest first: defaults, preset, data, number and transform of the agents to start
-    from, the record of the run to resume, flags. A resumed run may only change what is not of its
-    past.
-    """
+    """Command line -> Config (flags before preset before defaults), Minari dataset (or None) and
+    environment: --env-id's, else the dataset's for evaluation, which is trained in, too."""
     parse = partial(tyro.cli, Config, args=arguments, description=__doc__)
-    config = parse()
-    if config.eval_only:
-        _, meta, _ = load_own_checkpoint(config.eval_only)
-        default = config_from(json.dumps(meta.get("config", {})))
-        config = parse(default=dataclasses.replace(default, eval_only=config.eval_only))
-        check_config(config)
-        return config, None, meta["spec"]
-    recorded = Path(config.resume or "", "config.json")
-    if config.resume and recorded.is_file():
-        default = config_from(recorded.read_text())
-        config = parse(default=default)
-        if config.preset == "auto":
-            config = dataclasses.replace(config, preset=default.preset)
-        check_resumed(config, default)
-        return config, *locate(config)[:2]
-    check_config(dataclasses.replace(config, preset="auto"))  # the preset is still to come
-    its, data = {}, {}
-    if config.init_from:
-        _, meta, found = load_own_checkpoint(config.init_from, INIT_FROM)
-        names = ("num_seeds", "normalize_observations", "normalize_returns", "reward_scale",
-                 "reward_shift")
-        its = {name: meta["config"].get(name, False) for name in names if hasattr(config, name)}
-        if getattr(config, "dataset", "") is None:  # without a flag it is what they learned from
-            data = {"dataset": meta["config"].get("dataset"),
-                    "env_id": config.env_id or meta["config"].get("env_id")}
-            config = dataclasses.replace(config, **data)
-    path, spec, auto = locate(config)
-    preset = auto if config.preset == "auto" else config.preset
+    config, data = parse(), None
+    own = Path(__file__).resolve().parents[1] / "baselines/datasets" / config.dataset / "data"
+    try:
+        if config.dataset:
+            data = (
+                minari.MinariDataset(own) if own.exists() else minari.load_dataset(config.dataset)
+            )
+        env = gym.make(config.env_id) if config.env_id else data.recover_environment(eval_env=True)
+        if (env.action_space.low != -env.action_space.high).any():
+            raise ValueError("the box of its actions is not symmetric")
+    except Exception as error:  # not here, not installed, damaged
+        words = f"--dataset {config.dataset} --env-id {config.env_id}: {error}"
+        raise SystemExit(f"{words} (`minari download ID`, or baselines/collect.py)") from None
+    auto = [name for name in PRESETS if name in f"{config.dataset} {env.spec.id}".lower()]
+    preset = [*auto, "mujoco"][0] if config.preset == "auto" else config.preset
     if preset not in PRESETS:
-        fail(f"--preset {preset}: must be auto or one of {', '.join(PRESETS)}")
-    default = dataclasses.replace(Config(), **PRESETS[preset] | its | data)
-    config = dataclasses.replace(parse(default=default), preset=preset)
-    check_config(config)
-    for name, needed in its.items():
-        if getattr(config, name) != needed:
-            flag = "--" + name.replace("_", "-")
-            fail(f"--init-from {found}: was made with {flag} {needed}, not {getattr(config, name)}")
-    return config, path, spec
-
-
-def write_json(path, value):
-    """Write JSON so that a kill leaves the old file or the new one. May raise OSError."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        with open(temporary, "w") as file:
-            file.write(json.dumps(value, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def open_folder(config, dataset):
-    """Make and lock the run's folder, with config.json and versions.json (an entry per start);
-    refuse one that is in use. Returns (folder, lock): the lock holds until the process ends."""
-    script = Path(__file__)
-    name = f"seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    data = Path(config.dataset or "default").with_suffix("") if dataset else Path(config.env_id)
-    data = data.name if data.is_absolute() or ".." in data.parts else data
-    folder = Path(config.resume or config.run_dir or Path("runs", script.stem, data, name))
-    if (folder / "config.json").exists() and not config.resume:
-        fail(f"--run-dir {folder}: holds a run already; go on with it by --resume {folder}")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / "lock", "w")  # noqa: SIM115, it stays open
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        starts = folder / "versions.json"
-        earlier = json.loads(starts.read_text()) if starts.exists() else []
-        write_json(starts, [*earlier, versions(script, dataset, config.init_from)])
-        write_json(folder / "config.json", dataclasses.asdict(config))
-    except BlockingIOError:
-        fail(f"{folder}: another process is at work in it")
-    except ValueError as error:
-        fail(f"{folder / 'versions.json'}: damaged: {error}")
-    except OSError as error:
-        fail(f"--run-dir {folder}: cannot be written ({error.strerror})")
-    return folder, lock
-
-
-def versions(script, dataset, init_from=None):
-    """What makes a run: command, code, data, packages, machine."""
-
-    def git(*words):
-        command = ["git", "-C", str(script.resolve().parent), *words]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            return done.stdout.strip()
-        except (OSError, subprocess.CalledProcessError):  # no git, or no repository
-            return None
-
-    def sha256(file):
-        return hashlib.sha256(file.read_bytes()).hexdigest()
-
-    data = dataset / "main_data.hdf5" if dataset and dataset.is_dir() else dataset
-    agent = init_from and Path(init_from)
-    agent = agent / "checkpoint.npz" if agent and agent.is_dir() else agent
-    found = importlib.metadata.distributions()
-    packages = {d.metadata["Name"].lower(): d.version for d in found if d.metadata["Name"]}
-    settings = {k: v for k, v in os.environ.items() if k.startswith(("JAX_", "XLA_", "OMP_"))}
-    return {
-        "command": sys.argv, "script": script.name, "script_sha256": sha256(script),
-        "git_commit": git("rev-parse", "HEAD"),
-        "git_status": git("status", "--porcelain", "--", script.name),  # not empty: changed since
-        "dataset": str(dataset), "dataset_sha256": sha256(data) if data else None,
-        "python": platform.python_version(), "machine": platform.platform(),
-        "cores": available_cores(), "device": jax.devices()[0].device_kind,
-        "init_from_sha256": sha256(agent) if agent and agent.is_file() else None,
-        "environment_variables": settings, "packages": packages,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-
-
-# ----------------------------------------------------------------------------- Metrics and signals
-
-
-COLUMNS = ["phase", "step", "seed", *METRICS, "episode_return", "episode_length", "return",
-           "length", "score", "updates_per_second", "seconds"]
-
-
-def open_log(run):
-    """metrics.csv, cut where the checkpoint was made, or new; progress bar; wandb."""
-    path = run.folder / "metrics.csv"
-    if not run.log_size:
-        path.write_text(",".join(COLUMNS) + "\n")
-    elif not path.is_file() or path.stat().st_size < run.log_size:
-        fail(f"{path}: shorter than when the checkpoint was made")
-    else:
-        os.truncate(path, run.log_size)
-    offline = 0 if run.config.init_from else getattr(run.config, "offline_steps", 0)
-    total = offline + run.config.online_steps
-    run.bar = tqdm(total=total, initial=run.offline + run.online, disable=None, smoothing=0.05)
-    if run.config.wandb:
-        try:
-            import wandb
-
-            name = hashlib.sha256(str(run.folder.resolve()).encode()).hexdigest()[:12]
-            run.wandb = wandb.init(project="offline-to-online", dir=run.folder, id=name,
-                                   resume="allow", config=dataclasses.asdict(run.config))
-        except Exception as error:  # whatever it is, training goes on without
-            print(f"warning: wandb is off: {type(error).__name__}: {error}", file=sys.stderr)
-
-
-def check_finite(run, phase, values):
-    """End the run where a metric or a parameter is not finite, before it is evaluated or saved."""
-    arrays = values | named_arrays(to_host(run.shards), "state")
-    bad = [name for name, array in arrays.items() if not np.isfinite(array).all()]
-    bad = [name for name in bad if name in METRICS or "/" in name]
-    if bad:
-        write_record(run, f"not finite: {', '.join(bad[:3])}")
-        fail(f"{phase} step {getattr(run, phase)}: not finite: {', '.join(bad[:3])}; the "
-             f"checkpoint in {run.folder} is from before", code=3)
-
-
-def write_log(run, phase, values):
-    """One row of metrics.csv per seed; `values` are (S,) arrays by column."""
-    step = getattr(run, phase)
-    try:
-        with open(run.folder / "metrics.csv", "a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            for i in range(run.config.num_seeds):
-                row = {k: f"{v[i]:.6g}" for k, v in values.items() if np.isfinite(v[i])}
-                writer.writerow({"phase": phase, "step": step, "seed": run.config.seed + i} | row)
-    except OSError as error:
-        fail(f"cannot write metrics.csv ({error.strerror})", code=4)
-    run.log_size = (run.folder / "metrics.csv").stat().st_size
-    means = {name: float(np.mean(value)) for name, value in values.items()}
-    run.bar.set_description(phase, refresh=False)
-    if "updates_per_second" in means:
-        run.shown |= {"updates/s": f"{means['updates_per_second']:.0f}"}
-    if "return" in means:
-        score = f"  score {means['score']:6.1f}" if np.isfinite(means["score"]) else ""
-        tqdm.write(f"{phase:7} {step:>9,}  return {means['return']:8.1f}{score}  "
-                   f"episode length {means['length']:6.1f}")
-        run.shown |= {"return": f"{means['return']:.0f}"}
-    run.bar.set_postfix(run.shown, refresh=False)
-    if run.wandb is not None:
-        try:
-            logged = {f"{phase}/{name}": mean for name, mean in means.items()}
-            run.wandb.log(logged | {f"{phase}/step": step})
-        except Exception as error:  # whatever it is, training goes on without
-            print(f"warning: wandb is off: {type(error).__name__}: {error}", file=sys.stderr)
-            run.wandb = None
-
-
-def write_record(run, ended):
-    """record.json: what was run, on what, how it ended, and every row with an evaluation."""
-    with open(run.folder / "metrics.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    evaluations = [row for row in rows if row["return"]]
-    seconds = {phase: sum(float(row["seconds"] or 0) for row in rows if row["phase"] == phase)
-               / run.config.num_seeds for phase in ("pretrain", "offline", "online")}
-    starts = json.loads((run.folder / "versions.json").read_text())
-    state = hashlib.sha256()
-    for array in jax.tree.leaves(to_host(run.shards)):
-        state.update(array.tobytes())
-    dataset, (random, expert, source) = run.datasets[0], reference_returns(run.spec)
-
-    def value(name, text):
-        return text if name == "phase" else float(text) if text else None
-
-    made = ("started", "git_commit", "script_sha256")
-    record = {
-        "ended": ended,  # "finished", a signal's name, or what was not finite
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "pretrain": run.pretrain, "offline": run.offline, "online": run.online,
-        "resumes": len(starts) - 1,
-        "seconds": seconds,  # of training, by phase
-        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-        "state_sha256": state.hexdigest(),  # of all that training changes in the agents
-        "dataset_rows": None if dataset is None else dataset.rewards.shape[0],
-        "reference": {"random": random, "expert": expert, "source": source}
-        if np.isfinite(expert) else {"source": source},
-        "config": dataclasses.asdict(run.config),
-        "environment": json.loads(run.spec),
-        "starts": [{name: start[name] for name in made} for start in starts],
-        "versions": starts[-1],
-        "curve": {name: [value(name, row[name]) for row in evaluations] for name in COLUMNS},
-    }
-    try:
-        write_json(run.folder / "record.json", record)
-    except OSError as error:
-        fail(f"cannot write record.json ({error.strerror})", code=4)
-
-
-def catch_signals():
-    """SIGTERM, SIGUSR1 and Ctrl-C are noted, and answered after the current chunk: save, exit
-    with 128 + the signal's number. A second one kills at once."""
-    received, numbers = [], (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-
-    def handler(number, frame):
-        received.append(number)
-        for each in numbers:
-            signal.signal(each, signal.SIG_DFL)
-
-    for each in numbers:
-        signal.signal(each, handler)
-    return received
-
-
-def summarize(run):
-    """curve.png, and in words every seed's values at the ends of the phases, and the dip."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    with open(run.folder / "metrics.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["return"]]
-    column = "score" if rows and rows[0]["score"] else "return"
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    begins = {"pretrain": 0, "offline": run.pretrain, "online": run.pretrain + run.offline}
-    for begin in begins.values():
-        axes.axvline(begin, color="black", ls=":", lw=1)
-    for seed in dict.fromkeys(row["seed"] for row in rows):
-        mine = [row for row in rows if row["seed"] == seed]
-        steps = [int(row["step"]) + begins[row["phase"]] for row in mine]
-        axes.plot(steps, [float(row[column]) for row in mine], label=f"seed {seed}")
-        last = {row["phase"]: f"{row['phase']} {float(row[column]):.1f}" for row in mine}
-        online = [float(row[column]) for row in mine if row["phase"] == "online"]
-        lowest = f", lowest online {min(online):.1f}" if online else ""
-        later = online[any(row["phase"] == "online" and row["step"] == "0" for row in mine) :]
-        if later and column == "score":  # Cal-QL's: how much was missed while fine-tuning
-            lowest += f", regret {np.mean([1 - score / 100 for score in later]):.2f}"
-        print(f"seed {seed:4} {column}: {', then '.join(last.values())}{lowest}")
-    axes.set(xlabel="updates offline | environment steps online", ylabel=column,
-             title=str(run.folder))
-    if rows:
-        axes.legend(frameon=False)
-    figure.savefig(run.folder / "curve.png", dpi=150)
-    pyplot.close(figure)
-    print(f"curve     {run.folder / 'curve.png'}")
-
-
-def film(run, path):
-    """video.mp4: one episode of the first seed's deterministic policy."""
-    try:
-        import imageio.v2
-
-        if not os.environ.get("DISPLAY"):
-            os.environ.setdefault("MUJOCO_GL", "egl")
-        env = make_env(run.spec, render_mode="rgb_array")
-        observation, _ = env.reset(seed=episode_seed(2, run.config.seed, 0))
-        seeds, ended = run.config.num_seeds // len(run.devices), False
-        with imageio.v2.get_writer(path, fps=env.metadata.get("render_fps", 30)) as film:
-            film.append_data(env.render())
-            while not ended:
-                x = np.tile(run.transform.observations(observation), (seeds, 1, 1))  # (S / D, 1, O)
-                action = np.asarray(act_deterministically(run.shards[0], x))[0, 0]  # (A,)
-                action = run.transform.environment_actions(action)
-                observation, _, terminated, truncated, _ = env.step(action)
-                film.append_data(env.render())
-                ended = terminated or truncated
-        print(f"film      {path}")
-    except Exception as error:  # no display driver, no encoder: the run itself is not to blame
-        print(f"warning: no film: {' '.join(str(error).split())}; without a screen MuJoCo needs "
-              "Debian's libegl1 (or MUJOCO_GL=osmesa and libosmesa6)", file=sys.stderr)
-
-
-# ---------------------------------------------------------------------------------------- The run
-
-
-@dataclasses.dataclass
-class Run:
-    """One run: what it is made of, how far it is, and what is shown of it."""
-
-    config: Config
-    spec: str  # the environment's, JSON
-    folder: Path
-    devices: list
-    transform: Transform
-    shards: list  # AgentState per device
-    eval_envs: list
-    datasets: list  # Batch per device, or None
-    pretrain: int = 0  # steps or updates done before the offline phase, where a script has them
-    offline: int = 0  # updates done
-    online: int = 0  # environment steps done, per seed
-    log_size: int = 0  # bytes of metrics.csv
-    lock: Any = None
-    buffers: Any = None  # ReplayBuffer per device, once online
-    rollout: Any = None  # Rollout, once online
-    bar: Any = None
-    wandb: Any = None
-    shown: dict = dataclasses.field(default_factory=dict)
-
-
-def create_shards(config, observation_dim, action_dim, devices):
-    """Fresh agents, each from its own seed's key, spread over the devices."""
-    keys = jnp.stack([jax.random.PRNGKey(config.seed + i) for i in range(config.num_seeds)])
-    sizes = {"observation_dim": observation_dim, "action_dim": action_dim}
-    create = partial(create_agent_state, config=config, **sizes)
-    return to_devices(jax.jit(partial(for_each_seed, create))(keys), devices)
-
-
-def start_online(run, saved=None, found=None):
-    """Replay buffers, training environments and first actions: new ones, or a checkpoint's."""
-    blank = blank_transition(len(run.transform.observation_mean), len(run.transform.action_center))
-    filled = saved["buffer/rows/rewards"].shape[1] if saved else 0
-    capacity = max(filled, min(run.config.buffer_size, run.config.online_steps))
-    buffers = empty_buffers(run.config.num_seeds, filled, blank)
-    if saved:
-        buffers = restore(buffers, saved, "buffer", found)
-    pad = empty_buffers(run.config.num_seeds, capacity - filled, blank).rows
-    rows = jax.tree.map(lambda *xs: np.concatenate(xs, axis=1), buffers.rows, pad)
-    # a run with more --online-steps than before: its buffer was full, and has grown
-    position = buffers.size % capacity if filled < capacity else buffers.position
-    run.buffers = to_devices(buffers.replace(rows=rows, position=position), run.devices)
-    run.rollout = start_rollout(run, saved)
-    if not saved:
-        observations = split(run.transform.observations(run.rollout.observations), run.devices)
-        actions, keys = on_every_device(act, run.shards, observations)
-        run.shards = [s.replace(key=key) for s, key in zip(run.shards, keys, strict=True)]
-        run.rollout.actions = to_host(actions)
-
-
-def offline_chunk(run, num_steps):
-    """`num_steps` offline updates of every seed. Returns the mean metrics, (S,)."""
-    update = partial(update_steps, config=run.config, num_steps=num_steps)
-    run.shards, infos = on_every_device(update, run.shards, run.datasets)
-    return to_host(infos)
-
-
-def finished_episodes(run):
-    """Mean return and length, (S,), of the training episodes that ended since the last log."""
-    values = {}
-    for column, name in ((1, "episode_return"), (2, "episode_length")):
-        values[name] = np.full(run.config.num_seeds, np.nan)
-        for i in {episode[0] for episode in run.rollout.finished}:
-            values[name][i] = np.mean([e[column] for e in run.rollout.finished if e[0] == i])
-    run.rollout.finished.clear()
-    return values
-
-
-def train(run, phase, chunk, num_steps, received, unit=1):
-    """Chunk by chunk, each a multiple of `unit` steps, up to `num_steps` (or the first multiple
-    above): log, evaluate, save, and answer a signal. Where the number of updates does not follow
-    from that of the steps, `chunk` gives it as "updates"."""
-    config, per_step = run.config, 1 if phase == "offline" else run.config.utd_ratio
-    while getattr(run, phase) < num_steps:
-        begin, done = time.time(), getattr(run, phase)
-        size = min(config.log_interval - done % config.log_interval, num_steps - done)
-        size += -size % unit
-        values = chunk(run, size)
-        done += size
-        setattr(run, phase, done)
-        seconds = time.time() - begin
-        learnt = phase == "offline" or "actor_loss" in values  # not while warming up
-        updates = values.pop("updates", size * per_step * config.num_seeds * learnt)
-        check_finite(run, phase, values)
-        values |= {"updates_per_second": np.full(config.num_seeds, updates / seconds),
-                   "seconds": np.full(config.num_seeds, seconds)}
-        passed = done // config.eval_interval > (done - size) // config.eval_interval
-        evaluated = passed or done >= num_steps
-        if evaluated:
-            values |= evaluation_values(run)
-        write_log(run, phase, values)
-        run.bar.update(size)
-        leaving = bool(received)  # read once: a signal may come while we save
-        if evaluated or leaving:
-            save_run(run)
-        if leaving:
-            run.bar.close()
-            name = signal.Signals(received[0]).name
-            write_record(run, name)
-            print(f"{name}: saved; go on with --resume {run.folder}", file=sys.stderr)
-            raise SystemExit(128 + received[0])
-
-
-def evaluate_checkpoint(config, spec):
-    """--eval-only: the score of a saved agent, and on demand a film of it."""
-    arrays, _, found = load_checkpoint(config.eval_only)
-    sizes = len(arrays["transform/observation_mean"]), len(arrays["transform/action_center"])
-    devices = seed_devices(config.num_seeds)
-    envs = [make_env(spec) for _ in range(config.num_seeds * config.eval_episodes)]
-    shards = create_shards(config, *sizes, devices)
-    run = Run(config, spec, found.parent, devices, None, shards, envs, None)
-    restore_agent(run, found)
-    values = evaluation_values(run)
-    for i in range(config.num_seeds):
-        row = ", ".join(f"{name} {value[i]:.1f}" for name, value in values.items())
-        print(f"seed {config.seed + i}: {row}")
-    if config.video:
-        film(run, found.parent / "video.mp4")
-
-
-# -------------------------------------------------------------------------------------------- main
-
-
-def describe(run, dataset, arrays):
-    """Say what is trained on what, before anything compiles."""
-    returns = episode_returns(arrays)
-    rewards = run.transform.rewards(arrays["rewards"])
-    discounted = discounted_returns(rewards, arrays["ends"], run.config.discount).mean()
-    settings = [f"{name} {getattr(run.config, name)}" for name in PRESETS[run.config.preset]]
-    print(f"dataset   {dataset}: {len(rewards):,} steps, {len(returns):,} trajectories")
-    print(f"          return {returns.mean():.1f} ({returns.min():.1f} ... {returns.max():.1f}); "
-          f"discounted, in the agent's units {discounted:.2f}: compare q")
-    print(f"env       {json.loads(run.spec)['id']}; score: {reference_returns(run.spec)[2]}")
-    print(f"preset    {run.config.preset}: {', '.join(settings)}")
-    print(f"run       {run.folder}", flush=True)
+        raise SystemExit(f"--preset {preset}: must be auto or one of {', '.join(PRESETS)}")
+    config = parse(default=dataclasses.replace(Config(), **PRESETS[preset]))
+    return dataclasses.replace(config, preset=preset), data, env
 
 
 def main(arguments=None):
-    gym.logger.min_level = gym.logger.ERROR  # no warnings that a -v4 environment is not the newest
-    config, dataset, spec = parse_config(arguments)
-    use_all_cores(config.num_seeds)
-    config = settle(config)
-    if config.eval_only:
-        evaluate_checkpoint(config, spec)
-        return
-    received = catch_signals()
-    eval_envs = [make_env(spec) for _ in range(config.num_seeds * config.eval_episodes)]
-    arrays = read_dataset(dataset)
-    check_dataset(arrays, eval_envs[0], dataset)
-    transform = fit_transform(arrays, eval_envs[0].action_space, config)
-    check_value_range(batch_with_returns(arrays, transform, config), config)
-    (folder, lock), devices = open_folder(config, dataset), seed_devices(config.num_seeds)
-    shards = create_shards(config, *eval_envs[0].observation_space.shape,
-                           *eval_envs[0].action_space.shape, devices)
-    run = Run(config, spec, folder, devices, transform, shards, eval_envs, None, lock=lock)
-    if any(folder.glob("checkpoint*.npz")):
-        saved, found = resume_run(run)
-        if "rollout/actions" in saved:
-            tx = fine_tuning_optimiser(config)
-            run.shards = [s.replace(actor=s.actor.replace(tx=tx)) for s in run.shards]
-            start_online(run, saved, found)
+    gym.logger.min_level = gym.logger.ERROR  # no advice that a -v4 environment is not the newest
+    config, data, env = parse_config(arguments)
+    dataset, source = load_dataset(config, data, env)
+    config = settle(config, source)
+    returns = monte_carlo_returns(dataset.rewards, dataset.masks, dataset.ends, config)
+    dataset = dataset.replace(mc_returns=returns)
+    script, seeds = Path(__file__).stem, range(config.seed, config.seed + config.num_seeds)
+    default = f"runs/{script}/{config.dataset or config.env_id}/seed{config.seed}"
+    folder = Path(config.run_dir or default)
+    said = {"script": script, **dataclasses.asdict(config), **source, "run_dir": "", "wandb": False}
+    said = json.loads(json.dumps(said))
+    inputs = {"observation": dataset.observations[:1], "action": dataset.actions[:1]}
+    create = partial(for_each_seed, partial(create_agent, config=config, **inputs))
+    agents = jax.jit(create)(jnp.stack([jax.random.PRNGKey(seed) for seed in seeds]))
+    shape = config.num_seeds, max(1, min(config.buffer_size, config.online_steps))
+    buffers = jax.tree.map(lambda x: jnp.zeros((*shape, *x.shape[1:]), np.float32), dataset)
+    state = {"agents": agents, "buffers": buffers}
+    done, rows = 0, []  # rounds, and rows of metrics.csv
+    if (folder / "checkpoint.npz").exists():
+        arrays, meta = load(folder)
+        its, done, rows = meta["config"], meta["done"], meta["rows"]
+        if other := [name for name in said | its if said.get(name) != its.get(name)]:
+            raise SystemExit(f"{folder}: a run with another {', '.join(other)}; choose a --run-dir")
+        state = restore(state, arrays, folder)
     elif config.init_from:
-        restore_agent(run, config.init_from)
-        run.shards = [s.replace(key=fresh.key) for s, fresh in zip(run.shards, shards, strict=True)]
-    batch = batch_with_returns(arrays, run.transform, config)
-    run.datasets = [jax.device_put(batch, device) for device in devices]
-    describe(run, dataset, arrays)
-    open_log(run)
-    if not config.init_from:
-        run.bar.total += config.pretrain_steps
-        run.bar.update(run.pretrain)
-        train(run, "pretrain", cloning_chunk, config.pretrain_steps, received)
-        train(run, "offline", offline_chunk, config.offline_steps, received)
-    if config.online_steps and run.rollout is None:
-        run.shards = to_devices(restart_optimisers(to_host(run.shards), config), devices)
-        start_online(run)
-        if run.offline == 0:  # otherwise the last offline evaluation is the one at the switch
-            write_log(run, "online", evaluation_values(run))
-    train(run, "online", episodes_chunk, config.online_steps, received)
-    run.bar.close()
-    write_record(run, "finished")
-    summarize(run)
-    if config.video:
-        film(run, folder / "video.mp4")
+        arrays, meta = load(config.init_from)
+        if meta["config"]["script"] not in INIT_FROM or meta["config"]["units"] != said["units"]:
+            raise SystemExit(f"--init-from {config.init_from}: of another script, or other units")
+        arrays["agents/key"] = np.asarray(agents.key)
+        state |= restore({"agents": agents}, arrays, config.init_from)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(said, indent=1))
+    if config.wandb:
+        import wandb
+
+        name = "-".join(folder.resolve().parts[1:])[-100:]
+        wandb.init(project="offline-to-online", id=name, resume="allow", config=said)
+    rounds = [
+        (phase, train, first, min(first + config.interval, steps))
+        for phase, steps, train in [*phases(config)][-1 if config.init_from else 0 :]
+        for first in range(0, steps, config.interval)
+    ]
+    sizes = [last - first for *_, first, last in rounds]
+    bar = tqdm(total=sum(sizes), initial=sum(sizes[:done]), smoothing=0.05, disable=None)
+    make = partial(gym.vector.SyncVectorEnv, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    eval_envs = make([partial(make_env, source)] * config.num_seeds * config.eval_episodes)
+    run = config, jax.device_put(dataset), make([partial(make_env, source)] * config.num_seeds), bar
+    for phase, train, first, last in rounds[done:]:
+        begin = time.time()
+        state["agents"], state["buffers"], info = train(*state.values(), run, first, last)
+        seconds, arrays = time.time() - begin, named_arrays(**state)
+        speed = info.pop("updates") * config.num_seeds / seconds
+        if bad := [name for name, x in (info | arrays).items() if not np.isfinite(x).all()]:
+            raise SystemExit(f"{phase} step {last}: {', '.join(bad[:3])} not finite; not saved")
+        info |= evaluate(state["agents"], eval_envs, source, config)
+        for i, seed in enumerate(seeds):
+            values = {name: f"{x[i]:.6g}" for name, x in info.items() if np.isfinite(x[i])}
+            row = {"phase": phase, "step": last, "seed": seed, "seconds": f"{seconds:.3f}"}
+            rows.append(row | {"updates_per_second": f"{speed:.1f}"} | values)
+        done += 1
+        save(folder, arrays, {"config": said, "done": done, "rows": rows})
+        means = {name: float(np.mean(x)) for name, x in info.items() if np.isfinite(x).all()}
+        shown = "  ".join(f"{name} {x:.1f}" for name, x in means.items() if name in "return score")
+        tqdm.write(f"{phase:8} {last:>9,}  {shown}")
+        if config.wandb:
+            wandb.log({f"{phase}/{name}": x for name, x in means.items()} | {"step": last})
 
 
 if __name__ == "__main__":

@@ -1,16 +1,28 @@
-"""Collect: datasets that need no training, written as Minari datasets.
+"""Collect: make, convert and check the datasets that the other scripts train on, all Minari's.
 
-Two sources. Either D4RL's recipe for its mazes: a point mass is steered to random goals, by a PD
-controller that follows the shortest path from cell to cell, with noise on its actions. Or the
-policy of any checkpoint of these scripts, deterministic or sampled.
+The training scripts trust a dataset; this is where it is doubted. Every row is checked for what
+spoils training in silence: missing steps, values that are not finite, actions outside the box,
+sizes that do not fit the environment, time limits called terminations. Refused is in one line, with
+the field, the row and what helps.
+
+    python baselines/collect.py convert hopper.hdf5 --env-id Hopper-v4 --id mine/hopper-v0
+    python baselines/collect.py check mine/hopper-v0
+    python baselines/collect.py pointmaze umaze --steps 300000
+    python baselines/collect.py rollout runs/iql/mine/hopper-v0/seed0 --steps 10000 --id mine/iql-v0
+    python baselines/collect.py replay runs/sac/Hopper-v5/seed0 --id mine/replay-v0
+
+`convert` reads D4RL's keys. Actions that use the environment's box are written in [-1, 1], with
+RescaleAction around the environment; if all lie in [-1, 1] inside a larger box, they stay. A row
+whose next observation is not in the file, at a time limit, is dropped. D4RL's antmaze (29 numbers)
+goes with AntMaze_*-v5, turned and shifted into D4RL's geometry, torques and time step.
+
+`pointmaze` follows D4RL's maze2d: a point mass is steered to random goals, by a PD controller on
+the shortest path from cell to cell, with noise on its actions.
 
     Fu et al.: D4RL: Datasets for Deep Data-Driven Reinforcement Learning, arXiv 2004.07219
 
     action = 10 * (waypoint - position) - velocity + noise * N(0, 1), clipped to the box;
     a waypoint is passed within 0.1 of it, the last one is the goal itself
-
-    python baselines/collect.py --maze umaze                      # pointmaze/umaze-v0
-    python baselines/collect.py --checkpoint runs/sac/Hopper-v5/seed0 --dataset-id hopper/sac-v0
 
 Training and evaluation happen in a maze with one start and one goal cell, those of D4RL's antmaze:
 an episode ends at the goal with reward 1, so that the score is the success rate. Start and goal
@@ -27,85 +39,602 @@ Deviations from D4RL's maze2d sets (scripts/generation/generate_maze2d_datasets.
     the cells' centres; D4RL moves each of them by up to 0.2.
  5. The noise of 0.5 is the default; in D4RL it is an option.
 
-Of a checkpoint, the policy network alone acts: what a script does to its actions afterwards, for
-example a search by the critic, is not in the data.
+D4RL's antmaze data in today's simulator: a step is 10 of 0.01 s, where D4RL's was 5 of 0.02 s, and
+start and goal are drawn around their cells' centres, D4RL's goal only on the far side of it.
 """
 
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#   "jax==0.10.2",
-#   "flax==0.12.8",
-#   "optax==0.2.8",
-#   "distrax==0.1.9",
-#   "tfp-nightly==0.26.0.dev20261027",
-#   "chex==0.1.92",
-#   "numpy==2.4.6",
-#   "scipy==1.17.1",
-#   "gymnasium[mujoco]==1.4.0",
-#   "mujoco==3.11.0",
-#   "minari[hdf5,hf]==0.5.4",
-#   "h5py==3.16.0",
-#   "huggingface-hub==2.4.0",
-#   "tyro==1.0.16",
-#   "tqdm==4.70.1",
-#   "matplotlib==3.11.2",
-#   "imageio[ffmpeg]==2.38.1",
-#   "imageio-ffmpeg==0.8.1",
-#   "gymnasium-robotics==1.4.2",
+#   "jax==0.10.2", "flax==0.12.8", "optax==0.2.8", "distrax==0.1.9", "numpy==2.4.6",
+#   "tfp-nightly==0.26.0.dev20261027", "gymnasium[mujoco]==1.4.0", "gymnasium-robotics==1.4.2",
+#   "mujoco==3.11.0", "minari[hdf5,hf]==0.5.4", "tyro==1.0.16", "tqdm==4.70.1", "h5py==3.16.0",
 # ]
 # ///
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
 import importlib.util
+import io
 import json
 import os
-import platform
-import subprocess
+import shutil
 import sys
-import time
+import warnings
 from collections import deque
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
-import distrax
-import flax.linen as nn
 import gymnasium as gym
 import h5py
-import jax
-import jax.numpy as jnp
 import minari
 import numpy as np
 import tyro
 from minari.dataset.minari_dataset import parse_dataset_id
 from tqdm import tqdm
+from tyro.conf import Positional
 
-# ---------------------------------------------------------------------------------------- Config
+HERE = Path(__file__).resolve().parent
+
+
+# ---------------------------------------------------------------------------------------- Commands
+@dataclasses.dataclass(frozen=True)
+class Convert:
+    """A .hdf5 or .npz file with D4RL's keys -> a Minari dataset."""
+
+    file: Positional[Path]  # observations, actions, rewards, terminals, timeouts ...
+    env_id: str  # Gymnasium id of the environment that the data are from
+    id: str  # Minari id to write, for example mine/hopper-medium-v0
+    force: bool = False  # delete an existing dataset of this id
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    # Run
-    seed: int = 0  # of starts, goals, noise and samples
-    num_steps: int = 300_000  # environment steps, and what the last episode still needs
-    dataset_id: str | None = None  # Minari id to write; default: pointmaze/<maze>-v0
-    # One source
-    maze: str | None = None  # umaze, medium or large
-    checkpoint: str | None = None  # run folder or checkpoint.npz of one of these scripts
-    # Behaviour
-    noise: float = 0.5  # --maze: standard deviation on each action; the box is [-1, 1]
-    sampled: bool = False  # --checkpoint: sample the actions; default: the deterministic policy
+class Check:
+    """Doubt a Minari dataset on this machine, and say what is in it."""
+
+    id: Positional[str]  # looked up in baselines/datasets, then in Minari's folder
+    env_id: str = ""  # Gymnasium id; default: the dataset's evaluation environment
+    write_reference: bool = False  # add D4RL's reference returns to its metadata
 
 
-RANGES = {  # smallest and largest accepted value
-    "seed": (0, 2**31 - 1), "num_steps": (1, 10**8), "noise": (0.0, 2.0),
+@dataclasses.dataclass(frozen=True)
+class Pointmaze:
+    """A point mass, steered to random goals in a maze, as in D4RL's maze2d."""
+
+    maze: Positional[Literal["umaze", "medium", "large"]]  # which one
+    steps: int = 300_000  # environment steps, and what the last episode still needs
+    seed: int = 0  # of starts, goals and noise
+    noise: float = 0.5  # standard deviation on each action; the box is [-1, 1]
+    id: str = ""  # Minari id to write; default: pointmaze/<maze>-v0
+    force: bool = False  # delete an existing dataset of this id
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """Episodes of a run's policy, of its first seed."""
+
+    run: Positional[Path]  # folder of a run of one of the scripts
+    id: str  # Minari id to write
+    steps: int = 10_000  # environment steps, and what the last episode still needs
+    seed: int = 0  # of starts and samples
+    sampled: bool = False  # the training policy; default: the deterministic one
+    force: bool = False  # delete an existing dataset of this id
+
+
+@dataclasses.dataclass(frozen=True)
+class Replay:
+    """What a run has seen online: the replay buffer in its checkpoint, of its first seed."""
+
+    run: Positional[Path]  # folder of a run of one of the scripts
+    id: str  # Minari id to write
+    steps: int = 0  # only the oldest so many; default: all
+    force: bool = False  # delete an existing dataset of this id
+
+
+def fail(message):
+    """End the program with one line on stderr and exit code 2."""
+    print(f"collect.py: error: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def warn(message):
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def sha256(file):
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+# ------------------------------------------------------------------------------------ Environments
+REFERENCE_RETURNS = {  # random and expert return, from D4RL (Fu et al. 2020, its infos.py)
+    "HalfCheetah-v4": (-280.178953, 12135.0),
+    "Hopper-v4": (-20.272305, 3234.3),
+    "Walker2d-v4": (1.629008, 4592.3),
+    "Ant-v4": (-325.6, 3879.7),
+    "AdroitHandDoor-v1": (-56.512833, 2880.5693087298737),
+    "AdroitHandHammer-v1": (-274.856578, 12794.134825156867),
+    "AdroitHandPen-v1": (96.262799, 3076.8331017826877),
+    "AdroitHandRelocate-v1": (-6.425911, 4233.877797728884),
+    "FrankaKitchen-v1": (0.0, 4.0),
 }
 
-# ----------------------------------------------------------------------------------------- Mazes
+
+def reference_returns(spec):
+    """(random, expert) return of an environment's specification, or None where D4RL has none.
+    A sparse maze that ends at its goal has return 1 or 0: its score is the success rate."""
+    ends = not spec.kwargs.get("continuing_task", True)
+    if "Maze" in spec.id and ends and spec.kwargs.get("reward_type") != "dense":
+        return 0.0, 1.0
+    # D4RL's kitchen sets on Minari count every finished task again in each step: no such reference
+    if not spec.kwargs.get("remove_task_when_completed", True):
+        return None
+    name, _, version = spec.id.rpartition("-v")  # -v2 and -v3 are the same task as -v4
+    return REFERENCE_RETURNS.get(f"{name}-v4" if version in ("2", "3") else spec.id)
 
 
+def make_environment(make, *arguments, **keywords):
+    """The environment of `make(*arguments, **keywords)`; refused in one line if there is none."""
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # Gymnasium-Robotics gives advice there
+            if arguments and arguments[0] not in gym.registry:
+                gym.register_envs(importlib.import_module("gymnasium_robotics"))
+            return make(*arguments, **keywords)
+    except Exception as error:  # unknown, moved, or a package is missing
+        hint = "; pip install gymnasium-robotics==1.4.2" if "robotics" in str(error) else ""
+        return fail(f"no environment: {error}{hint}")
+
+
+def flat_environment(env):
+    """The environment with flat observations, by a wrapper that its specification records."""
+    is_dict = isinstance(env.observation_space, gym.spaces.Dict)
+    return gym.wrappers.FlattenObservation(env) if is_dict else env
+
+
+def check_spaces(observation_space, action_space, name):
+    """Refuse what the scripts cannot learn from: images, discrete or unbounded actions."""
+
+    def vector(space):
+        if isinstance(space, gym.spaces.Dict):
+            return all(map(vector, space.values()))
+        box = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
+        return box and space.dtype != np.uint8
+
+    def in_order(space):
+        is_dict = isinstance(space, gym.spaces.Dict)
+        return not is_dict or list(space) == sorted(space) and all(map(in_order, space.values()))
+
+    if not vector(observation_space):
+        fail(f"{name}: observations are {observation_space}; only vectors are supported, no images")
+    if not in_order(observation_space):
+        keys = list(observation_space)
+        fail(f"{name}: the observations' keys {keys} are not sorted, as the scripts sort them")
+    bounded = isinstance(action_space, gym.spaces.Box) and action_space.is_bounded()
+    if not bounded or not vector(action_space):
+        fail(f"{name}: actions are {action_space}; only bounded vectors are supported")
+
+
+# ------------------------------------------------------------------------------------------ Checks
+def leaves(observations):
+    """The arrays in nested dicts, in sorted order, as FlattenObservation and JAX have it."""
+    if not isinstance(observations, dict):
+        return [np.asarray(observations)]
+    return [leaf for key in sorted(observations) for leaf in leaves(observations[key])]
+
+
+def flatten(observations):
+    """Nested dicts of (T, ...) arrays -> (T, O)."""
+    parts = [x.reshape(len(x), -1) for x in leaves(observations)]
+    return np.concatenate(parts, axis=1, dtype=np.float32)
+
+
+def check_rows(fields, env, source, row="row"):
+    """Refuse rows of the wrong size, not finite or outside the box, naming field and row."""
+    name, box, size = env.spec.id, env.action_space, gym.spaces.flatdim(env.observation_space)
+    shapes = {"observations": (size,), "next_observations": (size,), "actions": box.shape}
+    for field, values in fields.items():
+        found, needed = values.shape[1:], shapes.get(field, ())
+        if found != needed:
+            words = f"{field} have shape {found} per step, but {name} needs {needed}"
+            fail(f"{source}: {words}: are they another environment's? (--env-id)")
+        bad = ~np.isfinite(values).reshape(len(values), -1).all(axis=1)
+        if bad.any():
+            words = f"{field} are not finite in {bad.sum()} of {len(bad)} rows"
+            fail(f"{source}: {words}, first in {row} {bad.argmax()}; end an episode before it")
+    low, high = box.low - 1e-3, box.high + 1e-3
+    outside = ((fields["actions"] < low) | (fields["actions"] > high)).any(axis=1)
+    if outside.any():
+        words = f"{outside.sum()} actions outside {name}'s box, first in {row} {outside.argmax()}"
+        fail(f"{source}: {words}; clip them, or name their environment (--env-id)")
+
+
+def check_episodes(episodes, env, source):
+    """Refuse Minari episodes that no script should learn from, naming field, episode and step."""
+    box = env.action_space
+    check_spaces(env.observation_space, box, env.spec.id)
+    if (box.low != -box.high).any():
+        words = f"{env.spec.id}'s box of actions is not symmetric, {box}"
+        fail(f"{source}: {words}; write actions in [-1, 1], with RescaleAction around it")
+    if not episodes:
+        fail(f"{source}: no episodes; collect or fetch it again")
+    for number, episode in enumerate(episodes):
+        words, steps = f"{source}: episode {number}", len(episode.rewards)
+        if steps == 0:
+            fail(f"{words}: no steps; write the dataset without it")
+        names = ("actions", "rewards", "terminations", "truncations")
+        fields = {name: np.asarray(getattr(episode, name), np.float32) for name in names}
+        lengths = [(name, len(x), steps) for name, x in fields.items()]
+        lengths += [("observations", len(x), steps + 1) for x in leaves(episode.observations)]
+        for name, found, needed in lengths:
+            if found != needed:
+                words = f"{words}: {found} {name} beside {steps} rewards, {needed} are needed"
+                fail(f"{words} (Minari's issue 199, if it is one observation); write it anew")
+        fields["observations"] = flatten(episode.observations)  # (T + 1, O)
+        check_rows(fields, env, words, "step")
+
+
+def summarize(source, episodes, env, reference):
+    """What is in a dataset that has passed the checks, and what looks wrong all the same."""
+    lengths = np.array([len(episode.rewards) for episode in episodes])
+    returns = np.array([np.sum(episode.rewards, dtype=np.float64) for episode in episodes])
+    discounted = [np.polynomial.polynomial.polyval(0.99, episode.rewards) for episode in episodes]
+    terminated = np.array([episode.terminations[-1] for episode in episodes], bool)
+    truncated = np.array([episode.truncations[-1] for episode in episodes], bool) & ~terminated
+    shares = {"termination": terminated, "time limit": truncated}
+    shares |= {"neither": ~terminated & ~truncated}
+    ends = ", ".join(f"{x.sum():,} ({x.mean():.0%}) by {name}" for name, x in shares.items())
+    largest = max(np.abs(episode.actions).max() for episode in episodes)
+    as_they_are = largest <= 1 + 1e-3 and (env.action_space.high >= 1).all()
+    use = "taken as they are" if as_they_are else "divided by the box's bound"
+    returned = f"mean {returns.mean():.1f}, min {returns.min():.1f}, max {returns.max():.1f}"
+    print(f"{source}: {env.spec.id}, {len(episodes):,} episodes, {lengths.sum():,} steps")
+    print(f"  return      {returned}; discounted by 0.99: mean {np.mean(discounted):.1f}")
+    print(f"  ends        {ends}; lengths {lengths.min():,} to {lengths.max():,}")
+    print(f"  actions     up to {largest:.3g}, {use} by the scripts")
+    if reference:
+        low, high = reference
+        score = 100 * (returns.mean() - low) / (high - low)
+        print(f"  reference   {low:g} random, {high:g} expert: mean score {score:.1f}")
+    else:
+        print("  reference   none: scripts report raw returns")
+    at_limit = lengths == env.spec.max_episode_steps
+    if at_limit.any() and terminated[at_limit].all():
+        words = f"all {at_limit.sum()} episodes of the time limit's {lengths.max()} steps end by"
+        warn(f"{words} termination: are these timeouts, not terminals?")
+    early = sum(int(np.sum(episode.terminations[:-1])) for episode in episodes)
+    if early:
+        warn(f"{early} terminations stand before an episode's last step; they cut the bootstrap")
+    if np.ptp(returns) < 1e-6 and "Maze" not in env.spec.id:
+        warn("all returns are equal: nothing for --normalize-returns")
+
+
+# ------------------------------------------------------------------------------------- D4RL's files
+FIELDS = ("observations", "actions", "rewards", "terminals")
+FIELDS += ("timeouts", "next_observations", "seg_end_index", "seg_end_next_observations")
+
+
+def read_fields(file):
+    """{key: array} of a file's known keys."""
+    if file.suffix not in (".npz", ".hdf5", ".h5"):
+        fail(f"{file}: neither .hdf5 nor .npz; for a Minari dataset there is `collect.py check`")
+    if not file.is_file():
+        fail(f"{file}: no such file")
+    try:
+        with np.load(file) if file.suffix == ".npz" else h5py.File(file, "r") as content:
+            if file.suffix == ".npz" and content.zip.testzip():
+                raise ValueError("wrong checksum")
+            return {name: content[name][()] for name in FIELDS if name in content}
+    except Exception as error:  # a damaged file fails in many ways
+        fault = f"{type(error).__name__}: {error}"
+        return fail(f"{file}: unreadable ({fault}): damaged or cut off? Fetch it again")
+
+
+def check_fields(fields, file):
+    """Refuse a file whose fields are missing or do not fit each other."""
+    if missing := [name for name in FIELDS[:4] if name not in fields]:
+        fail(f"{file}: no {', '.join(missing)}; D4RL's keys are needed, found {list(fields)}")
+    if not {"timeouts", "next_observations", "seg_end_index"} & set(fields):
+        fail(f"{file}: neither timeouts nor next_observations: where do the episodes end?")
+    for name, values in fields.items():
+        if values.dtype.kind not in "fiub":
+            fail(f"{file}: {name} are of type {values.dtype}, but numbers are needed")
+    rows = fields["rewards"].size
+    if rows == 0:
+        fail(f"{file}: empty, rewards have no rows")
+    ends = fields.get("seg_end_index", np.zeros(0, int))
+    shapes = {"rewards": (rows,), "terminals": (rows,), "timeouts": (rows,)}
+    shapes["actions"] = (rows, *fields["actions"].shape[1:])
+    shapes["observations"] = (rows, *fields["observations"].shape[1:])
+    shapes["next_observations"] = shapes["observations"]
+    shapes["seg_end_next_observations"] = (ends.size, *shapes["observations"][1:])
+    for name, shape in shapes.items():
+        found = fields[name].shape if name in fields else shape
+        if found not in (shape, (*shape, 1)):
+            fail(f"{file}: {name} have shape {found}, but {shape} is needed beside {rows} rewards")
+    for name in {"terminals", "timeouts"} & set(fields):
+        bad = ~np.isin(fields[name].reshape(-1), (0, 1))
+        if bad.any():
+            words = f"{bad.sum()} {name} neither 0 nor 1, first in row {bad.argmax()}"
+            fail(f"{file}: {words}; 1 marks the last row of an episode")
+    if not np.isin(ends, np.arange(rows)).all():
+        fail(f"{file}: seg_end_index has values that are no rows, of which there are {rows}")
+
+
+def read_flat_file(file):
+    """The rows of a file with D4RL's keys: observations (N, O), actions (N, A), rewards,
+    next_observations, terminals (true terminations), ends (last row of an episode, for whatever
+    reason), known (False where the next observation is not in the file)."""
+    fields = read_fields(file)
+    check_fields(fields, file)
+    ends = fields["terminals"].reshape(-1).astype(bool)
+    floats = ("observations", "actions", "rewards", "next_observations")
+    rows = {name: fields[name].astype(np.float32) for name in floats if name in fields}
+    rows |= {"rewards": rows["rewards"].reshape(-1), "terminals": ends.copy()}
+    observations, segments = rows["observations"], fields.get("seg_end_index", np.zeros(0, int))
+    ends |= fields.get("timeouts", ends).reshape(-1).astype(bool)
+    ends[segments.reshape(-1)] = True
+    ends[-1] = True
+    if "next_observations" in rows:
+        jump = np.abs(observations[1:] - rows["next_observations"][:-1]) > 1e-6
+        ends[:-1] |= jump.reshape(len(jump), -1).any(axis=1)
+        known = np.ones(len(ends), bool)
+    else:  # the next row, except at an end: there the file may give it, else it is unknown
+        following = np.concatenate([observations[1:], observations[-1:]])
+        following[ends] = observations[ends]  # a stand-in, which is never looked at
+        known = rows["terminals"] | ~ends
+        if "seg_end_next_observations" in fields:
+            following[segments.reshape(-1)] = fields["seg_end_next_observations"]
+            known[segments.reshape(-1)] = True
+        rows["next_observations"] = following
+    return rows | {"ends": ends, "known": known}
+
+
+def split_episodes(rows):
+    """Minari episodes of flat rows; at an end without a known next observation a row is lost."""
+    first = 0
+    for last in np.flatnonzero(rows["ends"]):
+        part = slice(first, last + rows["known"][last])
+        first = last + 1
+        if part.start == part.stop:
+            continue
+        following = rows["next_observations"][part][-1:]
+        observations = np.concatenate([rows["observations"][part], following])
+        terminals = rows["terminals"][part]
+        yield episode_buffer(observations, rows["actions"][part], rows["rewards"][part], terminals)
+
+
+def unit_actions(env, actions):
+    """Environment and actions so that the agent's [-1, 1] is theirs: unchanged where the data lie
+    in [-1, 1] and the box contains it (some mazes use a part of theirs), else both rescaled."""
+    low, high = env.action_space.low, env.action_space.high
+    if (low == -high).all() and (high >= 1).all() and np.abs(actions).max() <= 1 + 1e-3:
+        return env, actions
+    scaled = (actions - (high + low) / 2) / ((high - low) / 2)
+    return gym.wrappers.RescaleAction(env, -1.0, 1.0), np.clip(scaled, -1, 1).astype(np.float32)
+
+
+def d4rl_antmaze(env_id):
+    """D4RL's antmaze in Gymnasium-Robotics, and where D4RL's origin, its start, lies in it. There
+    y grows with the map's rows, here it falls: the map is turned upside down. Observations have no
+    goal; actions in [-1, 1] are a fifth of the torques here; a step lasts 0.1 s."""
+    name = env_id.partition("_")[2].partition("-")[0].lower()
+    if name not in MAZES or not env_id.endswith("-v5"):
+        fail(f"--env-id {env_id}: D4RL's antmaze needs AntMaze_UMaze-v5, _Medium-v5 or _Large-v5")
+    _, start, goal = MAZES[name]
+    maze = make_environment(gym.make, env_id).unwrapped.maze
+    upside_down = marked_map(maze.maze_map, start, goal)[::-1]
+    keywords = {"frame_skip": 10, "include_cfrc_ext_in_observation": False}
+    env = gym.make(env_id, maze_map=upside_down, continuing_task=False, **keywords)
+    env = gym.wrappers.FilterObservation(env, ["achieved_goal", "observation"])
+    env = gym.wrappers.RescaleAction(gym.wrappers.FlattenObservation(env), -5.0, 5.0)
+    origin = maze.cell_rowcol_to_xy((maze.map_length - 1 - start[0], start[1]))  # (2,)
+    return env, origin
+
+
+def convert(request):
+    """The Minari dataset of a file with D4RL's keys."""
+    file, source = request.file, str(request.file)
+    check_new_id(request)
+    rows = read_flat_file(file)
+    env = make_environment(gym.make, request.env_id)
+    check_spaces(env.observation_space, env.action_space, env.spec.id)
+    env = flat_environment(env)
+    if "AntMaze" in request.env_id and rows["observations"].shape[1:] == (29,):
+        env, origin = d4rl_antmaze(request.env_id)
+        for name in ("observations", "next_observations"):
+            rows[name][:, :2] += origin
+    numbers = ("observations", "actions", "rewards", "next_observations")
+    check_rows({name: rows[name] for name in numbers}, env, source)
+    env, rows["actions"] = unit_actions(env, rows["actions"])
+    episodes = list(split_episodes(rows))
+    if not episodes:
+        fail(f"{source}: no row's next observation is known: add next_observations")
+    about = f"converted from {file.name}, sha256 {sha256(file)}"
+    write_dataset(request, episodes, env, env, "unknown", about)
+    lost, all_lost = (~rows["known"]).sum(), rows["ends"].sum() - len(episodes)
+    if lost:
+        words = f"{lost:,} rows whose next observation is not in the file"
+        print(f"  dropped     {words}, and with them {all_lost:,} episodes of one step")
+
+
+# --------------------------------------------------------------------------------- Minari datasets
+def check_new_id(request):
+    """Refuse a dataset id that cannot be written, before any work is done."""
+    try:
+        parse_dataset_id(request.id)
+    except (ValueError, TypeError):  # TypeError: Minari's, where the version is missing
+        fail(f"--id {request.id}: not a Minari id, which has the form group/name-v0")
+    if (HERE / "datasets" / request.id).exists():
+        fail(f"--id {request.id}: the dataset in baselines/datasets goes before it; another id")
+    folder = minari.storage.get_dataset_path(request.id)
+    if folder.exists() and not request.force:
+        words = f"--id {request.id}: exists, in {folder}"
+        fail(f"{words}; another id, --force, or first `minari delete {request.id}`")
+
+
+def episode_buffer(observations, actions, rewards, terminations):
+    """One Minari episode: observations (T + 1, O), the rest (T, ...). What does not end by a
+    termination is truncated."""
+    terminations = np.asarray(terminations, bool)
+    last = np.arange(len(terminations)) == len(terminations) - 1
+    return minari.data_collector.EpisodeBuffer(
+        observations=observations,
+        actions=np.asarray(actions, np.float32),
+        rewards=np.asarray(rewards, np.float32),
+        terminations=terminations,
+        truncations=last & ~terminations,
+    )
+
+
+def write_dataset(request, episodes, env, eval_env, algorithm, description, reference=None):
+    """Check and write a Minari dataset, with reference returns and two environments: `env`, which
+    the episodes are from, and `eval_env`, where agents train and are scored."""
+    check_episodes(episodes, eval_env, request.id)
+    reference = reference_returns(eval_env.spec) or reference
+    packages = ["gymnasium", "mujoco", "minari"]
+    packages += ["gymnasium-robotics"] if "gymnasium_robotics" in eval_env.spec.to_json() else []
+    folder = minari.storage.get_dataset_path(request.id)
+    if folder.exists():  # and --force is given
+        shutil.rmtree(folder)
+    try:
+        dataset = minari.create_dataset_from_buffers(
+            request.id,
+            episodes,
+            env=env,
+            eval_env=eval_env,
+            algorithm_name=algorithm,
+            description=description,
+            author="offline-to-online reference implementations",
+            author_email="none",
+            code_permalink=f"collect.py, sha256 {sha256(Path(__file__))}",
+            requirements=[f"{name}=={importlib.metadata.version(name)}" for name in packages],
+        )
+        pack(dataset.storage.data_path / "main_data.hdf5")
+    except OSError as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        fail(f"{folder}: cannot be written ({error.strerror or error})")
+    dataset.storage.update_metadata({"dataset_size": dataset.storage.get_size()})
+    write_reference(dataset, reference)
+    summarize(request.id, episodes, eval_env, reference)
+
+
+def write_reference(dataset, reference):
+    """Reference returns into a dataset's metadata, where scripts look for them."""
+    if reference:
+        names = "ref_min_score", "ref_max_score"
+        dataset.storage.update_metadata(dict(zip(names, reference, strict=True)))
+
+
+def pack(path):
+    """Rewrite an HDF5 file in place, compressed and with checksums: a third of its size, and the
+    same bytes for the same episodes."""
+    packed = path.with_suffix(".packed")
+    with h5py.File(path, "r") as old, h5py.File(packed, "w", libver="latest") as new:
+        new.attrs.update(old.attrs)
+
+        def copy(name, item):
+            if isinstance(item, h5py.Dataset):
+                options = {"compression": "gzip", "shuffle": True, "fletcher32": True}
+                new.create_dataset(name, data=item[()], **options if item.shape else {})
+            else:
+                new.require_group(name).attrs.update(item.attrs)
+
+        old.visititems(copy)
+    os.replace(packed, path)
+
+
+def open_dataset(name):
+    """The Minari dataset of an id, where the scripts look for it, and its episodes."""
+    try:
+        parse_dataset_id(name)
+    except (ValueError, TypeError):
+        fail(f"{name}: not a Minari id; for a file there is `collect.py convert`")
+    local, folder = minari.storage.get_dataset_path(name), HERE / "datasets" / name / "data"
+    folder = folder if folder.exists() else local / "data"
+    if not local.exists() and not folder.exists():
+        fail(f"{name}: not on this machine; `minari download {name}`")
+    again = f"`minari download {name} --force`, or minari.download_dataset(id, force_download=True)"
+    if not all((folder / file).is_file() for file in ("metadata.json", "main_data.hdf5")):
+        words = f"{folder} has no metadata.json or no main_data.hdf5, an interrupted download?"
+        fail(f"{name}: {words} {again}")
+    try:
+        dataset = minari.MinariDataset(folder)
+        check_spaces(dataset.observation_space, dataset.action_space, name)
+        with h5py.File(folder / "main_data.hdf5") as file:
+            found = len(file)
+        if found != dataset.total_episodes:
+            raise ValueError(f"{dataset.total_episodes} episodes in metadata.json, {found} in data")
+        return dataset, list(dataset.iterate_episodes())
+    except Exception as error:  # Minari checks nothing: a damaged file fails in many ways
+        fault = f"{type(error).__name__}: {error}"
+        return fail(f"{name}: unreadable ({fault}): damaged or cut off? {again}")
+
+
+def check(request):
+    """Doubt a Minari dataset and say what is in it."""
+    dataset, episodes = open_dataset(request.id)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        if request.env_id:
+            env = make_environment(gym.make, request.env_id)
+        else:
+            env = make_environment(partial(dataset.recover_environment, eval_env=True))
+    check_episodes(episodes, env, request.id)
+    metadata = dataset.storage.metadata
+    known = [metadata.get(name) for name in ("ref_min_score", "ref_max_score")]
+    reference = None if None in known else known
+    if request.write_reference:
+        reference = reference_returns(env.spec)
+        if reference is None:
+            fail(f"--write-reference: D4RL has no reference returns for {env.spec.id}")
+        write_reference(dataset, reference)
+    summarize(request.id, episodes, env, reference)
+    for warning in caught:
+        if "requirement" in str(warning.message) or "not installed" in str(warning.message):
+            warn(" ".join(str(warning.message).split()))
+
+
+# -------------------------------------------------------------------------------------- Collecting
+def episode_seed(seed, episode):
+    """Reset seed of one episode; every episode has its own, so that any can be played again."""
+    return int(np.random.SeedSequence((3, seed, episode)).generate_state(1)[0])
+
+
+def play(env, num_steps, begin):
+    """Whole episodes, of `num_steps` steps together or a few more. `begin(number)` resets `env`:
+    (observation, policy), `policy(observation)` is what `env` takes and what is recorded."""
+    steps, number = 0, 0
+    with tqdm(total=num_steps, unit=" steps", disable=None) as bar:
+        while steps < num_steps:
+            observation, policy = begin(number)
+            observations, rest, ended = [observation], [], False
+            while not ended:
+                action, recorded = policy(observation)
+                observation, reward, terminated, truncated, _ = env.step(action)
+                observations.append(observation)
+                rest.append((recorded, reward, terminated))
+                ended, steps = terminated or truncated, steps + 1
+                bar.update()
+            if isinstance(observation, dict):
+                keys = sorted(observation)
+                observations = {key: np.array([o[key] for o in observations]) for key in keys}
+            else:
+                observations = np.array(observations)
+            yield episode_buffer(observations, *map(np.array, zip(*rest, strict=True)))
+            number += 1
+
+
+def check_ranges(request):
+    """Refuse numbers that make no dataset."""
+    ranges = {"steps": (0 if isinstance(request, Replay) else 1, 10**8), "seed": (0, 2**31 - 1)}
+    for name, (low, high) in (ranges | {"noise": (0.0, 2.0)}).items():
+        value = getattr(request, name, low)
+        if not low <= value <= high:
+            fail(f"--{name} {value}: must be in [{low}, {high}]")
+
+
+# ------------------------------------------------------------------------------------------- Mazes
 MAZES = {  # environment, and start and goal cell (row, column) of D4RL's antmaze evaluation
     "umaze": ("PointMaze_UMaze-v3", (1, 1), (3, 1)),
     "medium": ("PointMaze_Medium-v3", (1, 1), (6, 6)),
@@ -114,17 +643,20 @@ MAZES = {  # environment, and start and goal cell (row, column) of D4RL's antmaz
 GOAL_SHARE = 0.3  # of the episodes have their goal in the evaluation's goal cell
 
 
+def marked_map(maze_map, start, goal):
+    """A maze's map with one start and one goal cell."""
+    marked = [list(row) for row in maze_map]
+    marked[start[0]][start[1]], marked[goal[0]][goal[1]] = "r", "g"
+    return marked
+
+
 def maze_environments(name):
     """The environment for collecting, with start and goal in any cell, and the one for training
     and evaluation, with one start and one goal cell. Both end at the goal, with reward 1."""
-    import gymnasium_robotics
-
-    gym.register_envs(gymnasium_robotics)
     env_id, start, goal = MAZES[name]
-    env = gym.make(env_id, continuing_task=False)
-    maze_map = [list(row) for row in env.unwrapped.maze.maze_map]
-    maze_map[start[0]][start[1]], maze_map[goal[0]][goal[1]] = "r", "g"
-    return env, gym.make(env_id, continuing_task=False, maze_map=maze_map)
+    env = make_environment(gym.make, env_id, continuing_task=False)
+    maze_map = marked_map(env.unwrapped.maze.maze_map, start, goal)
+    return env, make_environment(gym.make, env_id, continuing_task=False, maze_map=maze_map)
 
 
 def shortest_path(maze_map, start, goal):
@@ -152,449 +684,183 @@ def waypoint_action(observation, waypoints, noise, rng):
     return np.clip(action, -1.0, 1.0).astype(np.float32)
 
 
-def maze_episodes(env, goal_cell, config):
-    """At least `num_steps` steps of the controller, as episodes with dict observations."""
-    maze, rng = env.unwrapped.maze, np.random.default_rng(config.seed)
+def maze_episodes(env, goal_cell, request):
+    """At least `steps` steps of the controller, as episodes with dict observations."""
+    maze, rng = env.unwrapped.maze, np.random.default_rng(request.seed)
     cells = np.ndindex(maze.map_length, maze.map_width)
     free = [cell for cell in cells if maze.maze_map[cell[0]][cell[1]] != 1]
-    steps, episode = 0, 0
-    while steps < config.num_steps:
+
+    def begin(number):
         goal = goal_cell if rng.random() < GOAL_SHARE else free[rng.integers(len(free))]
         starts = [cell for cell in free if cell != goal]
         start = starts[rng.integers(len(starts))]
         options = {"reset_cell": np.array(start), "goal_cell": np.array(goal)}
-        observation, _ = env.reset(seed=episode_seed(3, config.seed, episode), options=options)
+        observation, _ = env.reset(seed=episode_seed(request.seed, number), options=options)
         path = map(maze.cell_rowcol_to_xy, shortest_path(maze.maze_map, start, goal)[1:-1])
         waypoints = deque([*path, observation["desired_goal"]])
-        observations, rest, ended = [observation], [], False
-        while not ended:
-            action = waypoint_action(observation, waypoints, config.noise, rng)
-            observation, reward, terminated, truncated, _ = env.step(action)
-            observations.append(observation)
-            rest.append((action, reward, terminated, truncated))
-            ended, steps = terminated or truncated, steps + 1
-        stacked = {key: np.array([o[key] for o in observations]) for key in sorted(observation)}
-        yield episode_buffer(stacked, *map(np.array, zip(*rest, strict=True)))
-        episode += 1
+
+        def policy(observation):
+            action = waypoint_action(observation, waypoints, request.noise, rng)
+            return action, action
+
+        return observation, policy
+
+    return play(env, request.steps, begin)
 
 
-# ----------------------------------------------------------------------------------- Checkpoints
+def pointmaze(request):
+    """The dataset of D4RL's waypoint controller in a point maze."""
+    request = dataclasses.replace(request, id=request.id or f"pointmaze/{request.maze}-v0")
+    check_ranges(request)
+    check_new_id(request)
+    env, eval_env = maze_environments(request.maze)
+    episodes = list(maze_episodes(env, MAZES[request.maze][2], request))
+    algorithm = f"D4RL's waypoint controller, breadth-first plan, action noise {request.noise}"
+    goals = f"random starts, {GOAL_SHARE:.0%} of the goals in the evaluation's cell"
+    about = f"PointMaze {request.maze}, D4RL's recipe: {goals}; reward 1 and end at the goal"
+    about = f"{about}; seed {request.seed}, {request.steps} steps"
+    write_dataset(request, episodes, env, eval_env, algorithm, about)
 
 
-def orthogonal(key, shape, dtype=jnp.float32):
-    """Orthogonal initialisation with gain sqrt(2). Under vmap one matrix after the other: XLA's
-    batched QR can wait for itself for ever where there are few cores."""
-    draw = partial(nn.initializers.orthogonal(2**0.5), shape=shape, dtype=dtype)
-    return jax.custom_batching.sequential_vmap(draw)(key)
+# -------------------------------------------------------------------------------------------- Runs
+def load_run(folder):
+    """A run's script as a module, what is in its config.json, its checkpoint's arrays, of the
+    first seed, (1, ...), and the checkpoint's rows of metrics.csv."""
+    try:
+        said = json.loads((folder / "config.json").read_text())
+        name, _ = said["script"], said["units"]
+        files = [HERE.parent / part / f"{name}.py" for part in ("algorithms", "baselines")]
+        file = next(file for file in files if name.isidentifier() and file.is_file())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration):
+        fail(f"{folder}: no config.json of a run of one of these scripts")
+    spec = importlib.util.spec_from_file_location(f"run_{name}", file)
+    script = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    try:
+        arrays, meta = script.load(folder)
+    except SystemExit as error:  # damaged, or not there yet
+        fail(error)
+    if meta.get("config") != said:
+        fail(f"{folder}: config.json and checkpoint.npz are of different runs")
+    return script, said, {name: x[:1] for name, x in arrays.items()}, meta["rows"]
 
 
-class MLP(nn.Module):
-    """Hidden layers, on demand with LayerNorm and dropout: (..., F) -> (..., H)."""
-
-    hidden_dims: tuple[int, ...]
-    dropout_rate: float = 0.0
-    layer_norm: bool = False
-    activation: Callable = nn.relu
-
-    @nn.compact
-    def __call__(self, x, training=False):
-        for width in self.hidden_dims:
-            x = nn.Dense(width, kernel_init=orthogonal)(x)  # (..., width)
-            x = self.activation(nn.LayerNorm()(x) if self.layer_norm else x)
-            if self.dropout_rate > 0:
-                x = nn.Dropout(self.dropout_rate, deterministic=not training)(x)
-        return x
+def run_environment(said):
+    """The environment of a run, in its own units, with flat observations."""
+    spec = gym.envs.registration.EnvSpec.from_json(said["environment"])
+    return flat_environment(make_environment(partial(gym.make, spec)))
 
 
-class GaussianPolicy(nn.Module):
-    """pi: (B, O) -> a diagonal Gaussian over (B, A), its mean inside [-1, 1], its std learned
-    but the same in every state. It is not squashed: samples are clipped when they are executed."""
-
-    hidden_dims: tuple[int, ...]
-    action_dim: int
-    dropout_rate: float = 0.0
-
-    @nn.compact
-    def __call__(self, observations, training=False):
-        features = MLP(self.hidden_dims, self.dropout_rate)(observations, training)  # (B, H)
-        mean = nn.tanh(nn.Dense(self.action_dim, kernel_init=orthogonal)(features))  # (B, A)
-        log_std = self.param("log_std", nn.initializers.zeros, (self.action_dim,))  # (A,)
-        std = jnp.exp(jnp.clip(log_std, -5.0, 2.0))  # (A,)
-        return distrax.MultivariateNormalDiag(mean, jnp.broadcast_to(std, mean.shape))
-
-
-class TanhGaussianPolicy(nn.Module):
-    """pi: (B, O) -> a diagonal Gaussian, squashed by tanh, over actions (B, A)."""
-
-    hidden_dims: tuple[int, ...]
-    action_dim: int
-
-    @nn.compact
-    def __call__(self, observations):
-        features = MLP(self.hidden_dims)(observations)  # (B, H)
-        mean = nn.Dense(self.action_dim, kernel_init=orthogonal)(features)  # (B, A)
-        log_std = nn.Dense(self.action_dim, kernel_init=orthogonal)(features)  # (B, A)
-        std = jnp.exp(jnp.clip(log_std, -10.0, 2.0))  # (B, A)
-        gaussian = distrax.MultivariateNormalDiag(mean, std)
-        return distrax.Transformed(gaussian, distrax.Block(distrax.Tanh(), 1))
-
-
-def checkpoint_policy(arrays, meta, found, config):
-    """A checkpoint's policy, of its first seed, as `policy(observation, step) -> action`, in the
-    environment's units. Its network is the one here whose parameters have the same names and
-    shapes."""
-    prefix = "state/actor/params"
-    saved = {name: x[0] for name, x in arrays.items() if name.startswith(f"{prefix}/")}
-    names = [field.name for field in dataclasses.fields(Transform)]
-    transform = Transform(**{name: arrays[f"transform/{name}"] for name in names})
-    observations = jnp.zeros((1, len(transform.observation_mean)))  # (1, O)
-    sizes = tuple(meta["config"]["hidden_dims"]), len(transform.action_center)
-    for network in (GaussianPolicy(*sizes), TanhGaussianPolicy(*sizes)):
-        template = network.init(jax.random.PRNGKey(0), observations)
-        shapes = {name: x.shape for name, x in named_arrays(template, prefix).items()}
-        if shapes == {name: x.shape for name, x in saved.items()}:
-            break
-    else:
-        fail(f"{found}: the policy of {meta['script']}.py is neither of the two known here, "
-             "GaussianPolicy and TanhGaussianPolicy")
-    params, key = restore(template, saved, prefix, found), jax.random.PRNGKey(config.seed)
+def run_policy(script, said, arrays, request, env):
+    """A run's policy: `policy(observation, step)` is the agent's action (A,), in [-1, 1], in an
+    observation (O,) in the environment's units."""
+    values = {field.name: said[field.name] for field in dataclasses.fields(script.Config)}
+    values = {name: tuple(x) if isinstance(x, list) else x for name, x in values.items()}
+    config, jax = script.Config(**values), script.jax
+    zeros = {"observation": np.zeros((1, gym.spaces.flatdim(env.observation_space)), np.float32)}
+    zeros["action"] = np.zeros((1, *env.action_space.shape), np.float32)
+    create = partial(script.create_agent, config=config, **zeros)
+    agents = {"agents": jax.vmap(create)(jax.random.PRNGKey(0)[None])}  # (1, ...)
+    try:
+        agents = script.restore(agents, arrays, request.run)["agents"]
+    except SystemExit as error:
+        fail(error)
+    agent, units = jax.tree.map(lambda x: x[0], agents), said["units"]["observations"]
+    multiplier, offset = map(np.array, units)
+    key = jax.random.PRNGKey(request.seed)
 
     @jax.jit
-    def choose(observation, step):
-        noise_key = jax.random.fold_in(key, step) if config.sampled else None
-        return network_action(network, params, observation, noise_key)
+    def choose(agent, observation, step):
+        if request.sampled:
+            return script.explore(agent, observation, jax.random.fold_in(key, step), config)
+        return script.act(agent, observation[None], config)[0]
 
     def policy(observation, step):
-        action = np.asarray(choose(transform.observations(observation), step))
-        return transform.environment_actions(action)
+        action = choose(agent, script.rescale(observation, multiplier, offset), step)
+        return np.clip(np.asarray(action), -1.0, 1.0)
 
     return policy
 
 
-def network_action(network, params, observation, key):
-    """The action (A,) in one observation (O,) as the training scripts choose it: sampled, and
-    without a key their deterministic one."""
-    policy = network.apply(params, observation[None])
-    if isinstance(network, GaussianPolicy):
-        return policy.mean()[0] if key is None else jnp.clip(policy.sample(seed=key)[0], -1.0, 1.0)
-    return jnp.tanh(policy.distribution.mean())[0] if key is None else policy.sample(seed=key)[0]
+def rollout(request):
+    """The dataset of a run's policy."""
+    check_ranges(request)
+    check_new_id(request)
+    script, said, arrays, rows = load_run(request.run)
+    env, scale = run_environment(said), np.array(said["units"]["actions"])
+    policy = run_policy(script, said, arrays, request, env)
+    raw = {"observations": (1.0, 0.0), "rewards": (1.0, 0.0), "actions": said["units"]["actions"]}
+    played = script.make_env(said | {"units": raw})
+    step = iter(range(10**9))
+
+    def begin(number):
+        observation, _ = played.reset(seed=episode_seed(request.seed, number))
+
+        def act(observation):
+            action = policy(observation, next(step))
+            return action, action * scale
+
+        return observation, act
+
+    episodes = list(play(played, request.steps, begin))
+    kind = "training" if request.sampled else "deterministic"
+    write_run(request, said, rows, episodes, env, f"its {kind} policy, seed {request.seed}")
 
 
-# ==================================== The same bytes in every script from here to main ============
-# ------------------------------------------------------------------------------------------- Data
+def write_run(request, said, rows, episodes, env, what):
+    """The dataset of a run's episodes: `what` they are, of which run, and how far it had come."""
+    done = f"{rows[-1]['phase']} step {rows[-1]['step']}" if rows else "no step"
+    data = said["dataset"] or said["env_id"]
+    run = f"{said['script']}.py on {data}, seed {said['seed']}, after {done} ({request.run})"
+    reference = None if None in said["reference"] else said["reference"]
+    write_dataset(request, episodes, env, env, said["script"], f"{run}: {what}", reference)
 
 
-def fail(message, code=2):
-    """End the program with one line on stderr. Codes: 2 input refused, 3 not finite, 4 disk."""
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-    raise SystemExit(code)
+def replay_rows(said, arrays, steps):
+    """The replay buffer's rows, the oldest first, back in the environment's units."""
+    names = ("observations", "actions", "rewards", "next_observations", "masks", "ends")
+    rows = {name: arrays[f"buffers/{name}"][0] for name in names}
+    capacity = len(rows["rewards"])
+    order = np.arange(max(0, steps - capacity), steps) % capacity  # row t is at t % capacity
+    rows = {name: x[order] for name, x in rows.items()}
+    for name in ("observations", "next_observations", "rewards"):
+        multiplier, offset = map(np.array, said["units"][name.removeprefix("next_")])
+        rows[name] = ((rows[name] - offset) / multiplier).astype(np.float32)
+    rows["actions"] = np.clip(rows["actions"], -1.0, 1.0) * np.array(said["units"]["actions"])
+    rows |= {"terminals": rows.pop("masks") == 0, "ends": rows["ends"] == 1}
+    return rows | {"known": np.ones(len(order), bool)}
 
 
-def make_env(spec, **keywords):
-    """The environment of a specification (JSON); dict observations flattened in sorted order."""
-    env = gym.make(gym.envs.registration.EnvSpec.from_json(spec), **keywords)
-    if isinstance(env.observation_space, gym.spaces.Dict):
-        space = gym.spaces.Dict(dict(sorted(env.observation_space.items())))
-        env = gym.wrappers.TransformObservation(env, lambda x: x, space)
-        env = gym.wrappers.FlattenObservation(env)
-    return env
-
-
-ACTION_LIMIT = 1 - 1e-5  # of actions in batches: at 1 a squashed policy's density is not finite
-
-
-@dataclasses.dataclass(frozen=True)
-class Transform:
-    """Between the data's and environment's units and the agent's. One object serves dataset,
-    online data and evaluation, and is part of the checkpoint."""
-
-    observation_mean: np.ndarray  # (O,)
-    observation_std: np.ndarray  # (O,)
-    action_center: np.ndarray  # (A,)
-    action_scale: np.ndarray  # (A,)
-    reward_scale: np.ndarray  # ()
-    reward_shift: np.ndarray  # ()
-
-    def observations(self, x):
-        return ((x - self.observation_mean) / self.observation_std).astype(np.float32)
-
-    def rewards(self, x):
-        return (np.asarray(x) * self.reward_scale + self.reward_shift).astype(np.float32)
-
-    def actions(self, x):
-        """Data -> agent."""
-        scaled = (x - self.action_center) / self.action_scale
-        return np.clip(scaled, -ACTION_LIMIT, ACTION_LIMIT).astype(np.float32)
-
-    def environment_actions(self, x):
-        """Agent -> environment."""
-        return (x * self.action_scale + self.action_center).astype(np.float32)
-
-
-# ------------------------------------------------------------------------------------ Environments
-
-
-def episode_seed(stream, seed, episode):
-    """Reset seed of one episode; every episode has its own, so that any can be played again.
-    `stream` keeps training (0), evaluation (1) and film (2) apart."""
-    return int(np.random.SeedSequence((stream, seed, episode)).generate_state(1)[0])
-
-
-REFERENCE_RETURNS = {  # random and expert return, from D4RL (Fu et al. 2020, its infos.py)
-    "HalfCheetah-v4": (-280.178953, 12135.0),
-    "Hopper-v4": (-20.272305, 3234.3),
-    "Walker2d-v4": (1.629008, 4592.3),
-    "Ant-v4": (-325.6, 3879.7),
-    "AdroitHandDoor-v1": (-56.512833, 2880.5693087298737),
-    "AdroitHandHammer-v1": (-274.856578, 12794.134825156867),
-    "AdroitHandPen-v1": (96.262799, 3076.8331017826877),
-    "AdroitHandRelocate-v1": (-6.425911, 4233.877797728884),
-    "FrankaKitchen-v1": (0.0, 4.0),
-}
-
-
-def reference_returns(spec):
-    """(random, expert) return of an environment, and where they are from; NaN where none is known.
-    A sparse maze that ends at its goal has return 1 or 0: its score is the success rate."""
-    spec = json.loads(spec)
-    ends = not spec["kwargs"].get("continuing_task", True)
-    if "Maze" in spec["id"] and ends and spec["kwargs"].get("reward_type") != "dense":
-        return 0.0, 1.0, "success rate in percent"
-    # D4RL's kitchen sets on Minari count every finished task again in each step: no such reference
-    counted_again = not spec["kwargs"].get("remove_task_when_completed", True)
-    if spec["id"] in REFERENCE_RETURNS and not counted_again:
-        return *REFERENCE_RETURNS[spec["id"]], "D4RL's, 0 random, 100 expert"
-    return np.nan, np.nan, "no reference known, returns are raw"
-
-
-# -------------------------------------------------------------------------------------- Checkpoint
-
-
-def named_arrays(tree, prefix):
-    """{prefix/path/of/leaf: NumPy array} of a tree."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    name = partial(jax.tree_util.keystr, simple=True, separator="/")
-    return {f"{prefix}/{name(path)}": np.asarray(leaf) for path, leaf in leaves}
-
-
-def restore(template, arrays, prefix, path):
-    """A tree like `template` from the named arrays of the checkpoint read from `path`."""
-    leaves, structure = jax.tree.flatten(template)
-    for name, leaf in named_arrays(template, prefix).items():
-        found = arrays[name].shape if name in arrays else "missing"
-        if found != leaf.shape:
-            fail(f"{path}: {name} is {found}, but this run needs {leaf.shape}")
-    unused = {name for name in arrays if name.startswith(f"{prefix}/")}
-    unused -= set(named_arrays(template, prefix))
-    if unused:
-        fail(f"{path}: {min(unused)} has no place in this run; another size of its networks?")
-    return jax.tree.unflatten(structure, [arrays[name] for name in named_arrays(template, prefix)])
-
-
-def load_checkpoint(path):
-    """(arrays, meta, path read) of a checkpoint or a run folder. Every byte is checked (the zip's
-    CRC-32); for a damaged or missing file the one before is taken, with a warning."""
-    path = Path(path) / "checkpoint.npz" if Path(path).is_dir() else Path(path)
-    warnings = []
-    for candidate in (path, path.with_suffix(".previous.npz")):
-        try:
-            with np.load(candidate, allow_pickle=False) as file:
-                if file.zip.testzip():  # NumPy reads, and checks, only as far as a header says
-                    raise ValueError("wrong checksum")
-                arrays = {name: file[name] for name in file.files}
-            meta = json.loads(arrays.pop("meta").tobytes())
-            if meta["arrays"] != sorted(arrays):
-                raise ValueError("arrays are missing")
-        except Exception as error:  # a damaged file fails in many ways
-            warnings.append(f"warning: {candidate}: {type(error).__name__}: {error}")
-        else:
-            for warning in warnings:
-                print(warning, file=sys.stderr)
-            return arrays, meta, candidate
-    return fail(f"{path}: no readable checkpoint")
-
-
-def available_cores():
-    """How many cores this process may use; of how many, XLA's last digits depend."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def versions(script, dataset, init_from=None):
-    """What makes a run: command, code, data, packages, machine."""
-
-    def git(*words):
-        command = ["git", "-C", str(script.resolve().parent), *words]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            return done.stdout.strip()
-        except (OSError, subprocess.CalledProcessError):  # no git, or no repository
-            return None
-
-    def sha256(file):
-        return hashlib.sha256(file.read_bytes()).hexdigest()
-
-    data = dataset / "main_data.hdf5" if dataset and dataset.is_dir() else dataset
-    agent = init_from and Path(init_from)
-    agent = agent / "checkpoint.npz" if agent and agent.is_dir() else agent
-    found = importlib.metadata.distributions()
-    packages = {d.metadata["Name"].lower(): d.version for d in found if d.metadata["Name"]}
-    settings = {k: v for k, v in os.environ.items() if k.startswith(("JAX_", "XLA_", "OMP_"))}
-    return {
-        "command": sys.argv, "script": script.name, "script_sha256": sha256(script),
-        "git_commit": git("rev-parse", "HEAD"),
-        "git_status": git("status", "--porcelain", "--", script.name),  # not empty: changed since
-        "dataset": str(dataset), "dataset_sha256": sha256(data) if data else None,
-        "python": platform.python_version(), "machine": platform.platform(),
-        "cores": available_cores(), "device": jax.devices()[0].device_kind,
-        "init_from_sha256": sha256(agent) if agent and agent.is_file() else None,
-        "environment_variables": settings, "packages": packages,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-
-
-# ---------------------------------------------------------------------------------------- Dataset
-
-
-def episode_buffer(observations, actions, rewards, terminations, truncations):
-    """One Minari episode: observations (T + 1, O), the rest (T, ...)."""
-    return minari.data_collector.EpisodeBuffer(
-        observations=observations, actions=actions, rewards=np.asarray(rewards, np.float32),
-        terminations=terminations, truncations=truncations,
-    )
-
-
-def policy_episodes(env, policy, num_steps, seed):
-    """Episodes of `policy(observation (O,), step) -> action (A,)`, of `num_steps` or a few more."""
-    steps, episode = 0, 0
-    while steps < num_steps:
-        observation, _ = env.reset(seed=episode_seed(3, seed, episode))
-        observations, rest, ended = [observation], [], False
-        while not ended:
-            action = policy(observation, steps)
-            observation, reward, terminated, truncated, _ = env.step(action)
-            observations.append(observation)
-            rest.append((action, reward, terminated, truncated))
-            ended, steps = terminated or truncated, steps + 1
-        yield episode_buffer(np.array(observations), *map(np.array, zip(*rest, strict=True)))
-        episode += 1
-
-
-def write_dataset(name, episodes, env, eval_env, algorithm, description):
-    """Write a Minari dataset with provenance, versions, reference returns and two environments:
-    `env`, which the episodes are from, and `eval_env`, where agents train and are scored.
-
-    Its HDF5 file is packed afterwards (compressed, small headers): a third of the size.
-    """
-    episodes, spec = list(episodes), eval_env.spec.to_json()
-    eval_env.action_space.seed(0)
-    uniform = policy_episodes(make_env(spec), lambda *_: eval_env.action_space.sample(), 10_000, 0)
-    random = float(np.mean([episode.rewards.sum() for episode in uniform]))
-    low, high, source = reference_returns(spec)
-    packages = ["gymnasium", "mujoco", "minari"]
-    packages += ["gymnasium-robotics"] if "gymnasium_robotics" in spec else []
-    dataset = minari.create_dataset_from_buffers(
-        name, episodes, env=env, eval_env=eval_env, algorithm_name=algorithm,
-        description=description, author="offline-to-online reference implementations",
-        author_email="none",
-        code_permalink=f"{Path(__file__).name}, git {versions(Path(__file__), None)['git_commit']}",
-        requirements=[f"{package}=={importlib.metadata.version(package)}" for package in packages],
-    )
-    file = Path(dataset.storage.data_path) / "main_data.hdf5"
-    pack(file)
-    known = {} if np.isnan(high) else {"ref_max_score": high}
-    known |= {"ref_min_score": random, "dataset_size": dataset.storage.get_size()}
-    dataset.storage.update_metadata(known)
-    returns = np.array([episode.rewards.sum() for episode in episodes])
-    score = "" if np.isnan(high) else f", score {100 * (returns.mean() - low) / (high - low):.1f}"
-    print(f"dataset   {name}: {sum(len(e.rewards) for e in episodes):,} steps, {len(episodes)} "
-          f"episodes, return {returns.mean():.1f} ({returns.min():.1f} ... {returns.max():.1f})"
-          f"{score} ({source}), {file.stat().st_size / 1e6:.1f} MB; a random policy's return "
-          f"{random:.1f}")
-
-
-def pack(path):
-    """Rewrite an HDF5 file with compressed datasets, checksums and compact groups, in place."""
-    packed = path.with_suffix(".packed")
-    with h5py.File(path, "r") as old, h5py.File(packed, "w", libver="latest") as new:
-        new.attrs.update(old.attrs)
-
-        def copy(name, item):
-            if isinstance(item, h5py.Dataset):
-                options = {"compression": "gzip", "shuffle": True, "fletcher32": True}
-                new.create_dataset(name, data=item[()], **options if item.shape else {})
-            else:
-                new.require_group(name).attrs.update(item.attrs)
-
-        old.visititems(copy)
-    os.replace(packed, path)
-
-
-def check_new_dataset(flag, name):
-    """Refuse a dataset id that Minari would not write, before the work is done."""
-    try:
-        parse_dataset_id(name)
-    except (ValueError, TypeError):  # TypeError: Minari's, where the version is missing
-        fail(f"{flag} {name}: not a Minari id, which has the form group/name-v0")
-    folder = Path(minari.storage.get_dataset_path(name))
-    if folder.exists():
-        fail(f"{flag} {name}: exists, in {folder}; another id, or first `minari delete {name}`")
+def replay(request):
+    """The dataset of a run's replay buffer."""
+    check_ranges(request)
+    check_new_id(request)
+    _, said, arrays, log = load_run(request.run)
+    steps = max([row["step"] for row in log if row["phase"] == "online"], default=0)
+    if steps == 0 or not arrays.get("buffers/ends", np.zeros(1)).any():
+        fail(f"{request.run}: no online transitions in its checkpoint")
+    env, rows = run_environment(said), replay_rows(said, arrays, steps)
+    count = request.steps or len(rows["ends"])
+    if count > len(rows["ends"]):
+        fail(f"--steps {count}: the buffer has {len(rows['ends'])}")
+    rows = {name: x[:count] for name, x in rows.items()}
+    rows["ends"][-1] = True  # the last episode may be cut here
+    episodes = list(split_episodes(rows))
+    write_run(request, said, log, episodes, env, f"the oldest {count:,} steps of its replay buffer")
 
 
 # -------------------------------------------------------------------------------------------- main
-
-
-def check_request(config):
-    """Refuse what cannot be made before anything is built. Returns the dataset's id."""
-    for name, (low, high) in RANGES.items():
-        if not low <= getattr(config, name) <= high:
-            flag = f"--{name.replace('_', '-')}"
-            fail(f"{flag} {getattr(config, name)}: must be in [{low}, {high}]")
-    if (config.maze is None) == (config.checkpoint is None):
-        fail("either --maze or --checkpoint is needed, for example --maze umaze")
-    if config.maze is not None and config.maze not in MAZES:
-        fail(f"--maze {config.maze}: must be one of {', '.join(MAZES)}")
-    if config.maze is not None and importlib.util.find_spec("gymnasium_robotics") is None:
-        fail("--maze needs a package: pip install gymnasium-robotics==1.4.2")
-    if config.checkpoint is not None and config.dataset_id is None:
-        fail("--checkpoint needs --dataset-id, for example --dataset-id hopper/sac-expert-v0")
-    dataset_id = config.dataset_id or f"pointmaze/{config.maze}-v0"
-    check_new_dataset("--dataset-id", dataset_id)
-    return dataset_id
-
-
-def with_progress(episodes, num_steps):
-    """The same episodes, with a progress bar of their steps."""
-    with tqdm(total=num_steps, unit=" steps", disable=None) as bar:
-        for episode in episodes:
-            bar.update(len(episode.rewards))
-            yield episode
+COMMANDS = {Convert: convert, Check: check, Pointmaze: pointmaze, Rollout: rollout, Replay: replay}
 
 
 def main(arguments=None):
-    gym.logger.min_level = gym.logger.ERROR  # no warnings that a -v4 environment is not the newest
-    config = tyro.cli(Config, args=arguments, description=__doc__)
-    dataset_id = check_request(config)
-    if config.maze is not None:
-        env, eval_env = maze_environments(config.maze)
-        episodes = maze_episodes(env, MAZES[config.maze][2], config)
-        algorithm = f"D4RL's waypoint controller, breadth-first plan, action noise {config.noise}"
-        about = (f"PointMaze {config.maze}, D4RL recipe: random starts, {GOAL_SHARE:.0%} of the "
-                 "goals in the evaluation's cell; sparse 0/1 reward, terminal at the goal")
-    else:
-        arrays, meta, found = load_checkpoint(config.checkpoint)
-        try:
-            env = eval_env = make_env(meta["spec"])
-        except (gym.error.Error, ImportError) as error:
-            fail(f"{found}: no environment: {' '.join(str(error).split())}")
-        policy = checkpoint_policy(arrays, meta, found, config)
-        episodes = policy_episodes(env, policy, config.num_steps, config.seed)
-        kind = "sampled" if config.sampled else "deterministic"
-        algorithm = f"policy of {meta['script']}.py, {kind}"
-        about = (f"{found}, seed {meta['config']['seed']}, after {meta['offline']:,} offline "
-                 f"updates and {meta['online']:,} online steps")
-    about = f"{about}; collected with seed {config.seed}: {' '.join(sys.argv)}"
-    episodes = with_progress(episodes, config.num_steps)
-    write_dataset(dataset_id, episodes, env, eval_env, algorithm, about)
+    gym.logger.min_level = gym.logger.ERROR  # no advice that a -v4 environment is not the newest
+    names = {kind.__name__.lower(): kind for kind in COMMANDS}
+    parse = tyro.extras.subcommand_cli_from_dict
+    request = parse(names, args=arguments, prog="collect.py", description=__doc__)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Gymnasium's and Minari's advice
+        COMMANDS[type(request)](request)
 
 
 if __name__ == "__main__":

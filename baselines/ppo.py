@@ -1,74 +1,48 @@
-"""Proximal policy optimisation (PPO): from scratch or from any agent of this script, online.
+"""Proximal policy optimisation (PPO): from scratch, online; Uni-O4's online phase is the same code.
 
 Policy gradient in small steps: collect with the current policy, estimate every action's advantage,
 and ascend it over a few epochs, but take no credit for moving an action's probability by more than
-a factor of 1 +- clip_ratio. Uni-O4's online stage is this algorithm; this file also makes the
-pre-trained policies, and the worlds that differ from the one they were trained in (--shift).
+a factor of 1 +- clip_ratio. With --shift the world has other friction, masses or motors, or actions
+arrive late.
 
     Schulman et al.: Proximal Policy Optimization Algorithms, arXiv 1707.06347
-    Schulman et al.: High-Dimensional Continuous Control Using Generalized Advantage Estimation,
-    arXiv 1506.02438
+    Schulman et al.: ... Using Generalized Advantage Estimation, arXiv 1506.02438
 
-    advantages   A_t     = sum_k (discount * gae_lambda)^k delta_{t+k}, up to the episode's end
-                 delta_t = r_t + discount * masks_t * V(s'_t) - V(s_t)
-    actor        L_pi    = -E[ min(rho * A, clip(rho, 1 - clip_ratio, 1 + clip_ratio) * A) ]
-                           - entropy_weight * E[ entropy of pi(. | s) ]
-                 rho     = pi(a | s) / pi_old(a | s), A normalised over the rollout
-    value        L_V     = E[ (V(s) - (A + V_old(s)))^2 ], clipped with --value-clip
+    advantages  A_t   = sum_k (discount * gae_lambda)^k delta_{t+k}, up to the episode's end
+                delta_t = r_t + discount * masks_t * V(s'_t) - V(s_t)
+    policy      L_pi  = -E[ min(rho * A, clip(rho, 1 - clip_ratio, 1 + clip_ratio) * A) ]
+                        - entropy_weight * E[ entropy of pi(. | s) ]
+                rho   = pi(a | s) / pi_old(a | s), A normalised over the rollout
+    value       L_V   = E[ (V(s) - (A + V_old(s)))^2 ], clipped with --value-clip
 
     python baselines/ppo.py --env-id Hopper-v5
     python baselines/ppo.py --env-id Hopper-v5 --shift friction=0.4,mass=1.3,strength=0.8,delay=1
 
 Deviations from the paper's code (github.com/openai/baselines, ppo2):
- 1. Observations and rewards are not normalised by running statistics, but by the fixed transform
-    of all scripts here: without a dataset, --reward-scale alone.
- 2. The policy is Uni-O4's: the mean passes tanh, the std depends on the state and stays below 1.
- 3. Policy and value function have their own optimisers and gradient norms. Advantages are
-    normalised over the rollout, not over each minibatch.
- 4. A time limit is no termination: the value of the observation after it is bootstrapped.
- 5. An action is clipped to the box when it is executed; the ratio is that of the raw action.
- 6. V's change is not clipped by default (--value-clip).
+ 1. No running statistics: observations are raw, rewards multiplied by --reward-scale.
+ 2. The policy is Uni-O4's: its mean passes a tanh, its std depends on the state and stays below 1
+    (theirs: a linear mean, one std for all states). Its hidden layers are tanh; V's are ReLU.
+ 3. Policy and V have an optimiser and a bound on the gradient each; V's learning rate is 1e-3.
+ 4. Minibatches of 128 (theirs 64); advantages are normalised over the rollout, not over each.
+ 5. V's change between two rollouts is not clipped (--value-clip).
+ 6. After a time limit V of the next observation is bootstrapped; theirs takes it for an end.
+ 7. Rounds begin with fresh episodes, the last ones are cut off, as by a time limit.
 """
 
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#   "jax==0.10.2",
-#   "flax==0.12.8",
-#   "optax==0.2.8",
-#   "distrax==0.1.9",
-#   "tfp-nightly==0.26.0.dev20261027",
-#   "chex==0.1.92",
-#   "numpy==2.4.6",
-#   "scipy==1.17.1",
-#   "gymnasium[mujoco]==1.4.0",
-#   "mujoco==3.11.0",
-#   "minari[hdf5,hf]==0.5.4",
-#   "h5py==3.16.0",
-#   "huggingface-hub==2.4.0",
-#   "tyro==1.0.16",
-#   "tqdm==4.70.1",
-#   "matplotlib==3.11.2",
-#   "imageio[ffmpeg]==2.38.1",
-#   "imageio-ffmpeg==0.8.1",
+#   "jax==0.10.2", "flax==0.12.8", "optax==0.2.8", "distrax==0.1.9", "numpy==2.4.6",
+#   "tfp-nightly==0.26.0.dev20261027", "gymnasium[mujoco]==1.4.0", "gymnasium-robotics==1.4.2",
+#   "mujoco==3.11.0", "minari[hdf5,hf]==0.5.4", "tyro==1.0.16", "tqdm==4.70.1",
 # ]
 # ///
-import contextlib
 import csv
 import dataclasses
-import fcntl
 import hashlib
-import importlib.metadata
-import importlib.util
 import json
 import os
-import platform
-import resource
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -87,54 +61,48 @@ import tyro
 from flax.training.train_state import TrainState
 from tqdm import tqdm
 
+
 # ---------------------------------------------------------------------------------------- Config
-
-
 @dataclasses.dataclass(frozen=True)
 class Config:
     # Run
     seed: int = 0  # the first seed
     num_seeds: int = 1  # seeds trained side by side: seed, seed + 1, ...
-    preset: str = "auto"  # settings of a domain, see PRESETS; auto: from the environment
-    online_steps: int = 1_000_000  # environment steps, per seed, rounded up to whole rollouts
-    eval_interval: int = 20_000  # environment steps
-    eval_episodes: int = 10  # per evaluation and seed
-    log_interval: int = 2_000  # environment steps per row of metrics.csv, rounded up to rollouts
-    run_dir: str | None = None  # folder of this run; default: runs/<script>/<dataset>/<name>
-    resume: str | None = None  # folder of a run to go on with (a new run where there is none)
-    init_from: str | None = None  # checkpoint or run folder: start from its agent
-    eval_only: str | None = None  # checkpoint or run folder: evaluate it and stop
-    video: bool = False  # film one episode at the end: video.mp4
-    wandb: bool = False  # also log to Weights & Biases
-    # Data
+    preset: str = "auto"  # settings of a domain, see PRESETS; auto: from dataset and environment
+    dataset: str = ""  # Minari id: its environment is trained in, with --env-id ""
     env_id: str = "Hopper-v5"  # Gymnasium id
     shift: str = ""  # changed physics, see ShiftedPhysics: friction=0.4,mass=1.3,delay=1
-    reward_scale: float = 0.1  # r <- reward_scale * r + reward_shift
+    online_steps: int = 1_000_000  # environment steps, per seed
+    interval: int = 10_240  # environment steps per round: train, evaluate, save; whole rollouts
+    eval_episodes: int = 10  # per evaluation and seed
+    run_dir: str = ""  # folder of this run; default: runs/<script>/<dataset>/seed<seed>
+    init_from: str = ""  # folder of a finished run: start from its agents
+    wandb: bool = False  # also log to Weights & Biases
+    # Data and optimisation
+    normalize_observations: bool = False  # by the dataset's mean and standard deviation
+    normalize_returns: bool = False  # rewards times 1000 / (max - min return in the dataset)
+    reward_scale: float = 0.1  # r <- reward_scale * r + reward_shift, after the above
     reward_shift: float = 0.0  # see reward_scale
-    # Optimisation
     batch_size: int = 128  # transitions per update
     discount: float = 0.99  # per step
     hidden_dims: tuple[int, ...] = (64, 64)  # widths of the policy
-    value_hidden_dims: tuple[int, ...] = (64, 64)  # widths of V
     activation: Literal["relu", "tanh"] = "tanh"  # of the policy's hidden layers
-    learning_rate: float = 3e-4  # Adam, policy
-    value_learning_rate: float = 1e-3  # Adam, V
-    decay_learning_rate: bool = True  # linearly to 0 at --online-steps
+    value_hidden_dims: tuple[int, ...] = (64, 64)  # widths of V
+    learning_rate: float = 3e-4  # Adam, policy; falls linearly to 0 over online_steps
+    value_learning_rate: float = 1e-3  # Adam, V; falls as well
     max_grad_norm: float = 0.5  # of policy and of V
     # PPO
-    num_envs: int = 8  # training environments per seed
-    rollout_steps: int = 2_048  # environment steps between two improvements, all environments'
+    rollout_steps: int = 2_048  # environment steps between two improvements
     epochs: int = 10  # passes over a rollout
     clip_ratio: float = 0.2  # of the probability ratio, from 1
     value_clip: float = 0.0  # of the change of V between two rollouts, in its units; 0: none
     gae_lambda: float = 0.95  # of the advantages
     entropy_weight: float = 0.0  # of the entropy bonus
-    initial_std: float = 0.5  # of a new policy
 
     @property
-    def utd_ratio(self):
-        """Updates per environment step."""
-        return self.epochs / self.batch_size
+    def buffer_size(self):
+        """The buffer holds one rollout, in the order of time."""
+        return self.rollout_steps
 
     @property
     def num_minibatches(self):
@@ -142,42 +110,22 @@ class Config:
         return self.rollout_steps // self.batch_size
 
 
-PRESETS = {
-    "mujoco": dict(),
-    "smoke": dict(
-        online_steps=512, eval_interval=256, eval_episodes=1, log_interval=128, batch_size=32,
-        rollout_steps=128, num_envs=2, epochs=2, hidden_dims=(32, 32), value_hidden_dims=(32, 32),
-    ),
-}
-
-RANGES = {  # smallest and largest accepted value
-    "num_seeds": (1, 4096), "online_steps": (0, 10**9), "eval_interval": (1, 10**9),
-    "eval_episodes": (1, 10**4), "log_interval": (1, 10**9), "batch_size": (1, 10**6),
-    "discount": (0.0, 1.0), "learning_rate": (0.0, 1.0), "value_learning_rate": (0.0, 1.0),
-    "seed": (0, 2**31 - 1), "reward_scale": (1e-9, 1e9), "reward_shift": (-1e9, 1e9),
-    "num_envs": (1, 4096), "rollout_steps": (1, 10**7), "epochs": (1, 1000),
-    "clip_ratio": (1e-9, 1e9), "value_clip": (0.0, 1e9), "gae_lambda": (0.0, 1.0),
-    "entropy_weight": (0.0, 1e9), "initial_std": (0.007, 0.99), "max_grad_norm": (1e-9, 1e9),
-}
-
-INIT_FROM = ("ppo",)  # scripts whose checkpoints --init-from takes
-
-METRICS = {  # every column of metrics.csv that is the algorithm's own, with its healthy range
+PRESETS = {"mujoco": dict()}
+INIT_FROM = ("ppo",)  # scripts whose agents --init-from takes
+METRICS = {  # the algorithm's own columns of metrics.csv, with their healthy range
     "actor_loss": "clipped surrogate, negated; slightly below 0, the advantages being normalised",
-    "value_loss": "squared error of V (transformed reward units squared)",
+    "value_loss": "squared error of V (scaled reward units squared)",
     "v": "mean V of the rollout; towards the discounted return",
     "ratio_clipped": "share of ratios outside the clip, mean over the epochs; 0.05 ... 0.3",
     "kl": "of the new policy from the rollout's (nats); of order 0.01",
     "entropy": "of the policy (nats); falls slowly",
-    "falls": "episodes of the interval that ended by termination (in mazes: at the goal)",
+    "falls": "terminations per rollout (in mazes: at the goal)",
 }
 
-# --------------------------------------------------------------------- Networks and distributions
 
-
+# ---------------------------------------------------------------------------- Networks and agent
 def orthogonal(key, shape, dtype=jnp.float32):
-    """Orthogonal initialisation with gain sqrt(2). Under vmap one matrix after the other: XLA's
-    batched QR can wait for itself for ever where there are few cores."""
+    """Orthogonal, gain sqrt(2); under vmap in turn, for XLA's batched QR can hang on few cores."""
     draw = partial(nn.initializers.orthogonal(2**0.5), shape=shape, dtype=dtype)
     return jax.custom_batching.sequential_vmap(draw)(key)
 
@@ -188,7 +136,7 @@ class MLP(nn.Module):
     hidden_dims: tuple[int, ...]
     dropout_rate: float = 0.0
     layer_norm: bool = False
-    activation: Callable = nn.relu
+    activation: Any = nn.relu
 
     @nn.compact
     def __call__(self, x, training=False):
@@ -200,40 +148,28 @@ class MLP(nn.Module):
         return x
 
 
-class ScalarHead(nn.Module):
-    """A linear layer with one output: (..., F) -> (...).
-
-    Written as multiply-and-sum: on a CPU the gradient of a matmul with one column is slow.
-    """
-
-    @nn.compact
-    def __call__(self, x):
-        kernel = self.param("kernel", orthogonal, (x.shape[-1], 1))
-        bias = self.param("bias", nn.initializers.zeros, ())
-        return (x * kernel[:, 0]).sum(axis=-1) + bias  # (...)
-
-
 class Value(nn.Module):
-    """V: (B, O) -> (B,)."""
+    """A scalar function of its inputs, V(s) or Q(s, a): (B, F), ... -> (B,)."""
 
     hidden_dims: tuple[int, ...]
+    layer_norm: bool = False
 
     @nn.compact
-    def __call__(self, observations):
-        return ScalarHead()(MLP(self.hidden_dims)(observations))  # (B,)
+    def __call__(self, *inputs):
+        mlp = MLP(self.hidden_dims, layer_norm=self.layer_norm)
+        x = mlp(jnp.concatenate(inputs, axis=-1))  # (B, H)
+        kernel = self.param("kernel", orthogonal, (x.shape[-1], 1))
+        bias = self.param("bias", nn.initializers.zeros, ())
+        return (x * kernel[:, 0]).sum(axis=-1) + bias  # a matmul with one column is slow on a CPU
 
 
 class BoundedGaussianPolicy(nn.Module):
-    """pi: (B, O) -> a diagonal Gaussian over (B, A): its mean in (-1, 1), its std in (0.0067, 1),
-    both functions of the state. It is not squashed: samples are clipped when they are executed.
-
-    Authors' code of Uni-O4: log std = -5 + 2.5 (u + 1); mean and u pass a tanh, u online twice.
-    """
+    """pi: (B, O) -> a diagonal Gaussian over (B, A), not squashed. Mean in (-1, 1), log std in
+    (-5, 0), at first log 0.5. In Uni-O4's code the log std passes its tanh twice online."""
 
     hidden_dims: tuple[int, ...]
     action_dim: int
-    activation: str = "relu"
-    initial_std: float = 0.5
+    activation: str
     squash_twice: bool = False
 
     @nn.compact
@@ -242,64 +178,51 @@ class BoundedGaussianPolicy(nn.Module):
         features = MLP(self.hidden_dims, activation=activation)(observations)  # (B, H)
         small = nn.initializers.variance_scaling(1e-4, "fan_in", "normal")
         mean = nn.tanh(nn.Dense(self.action_dim, kernel_init=small)(features))  # (B, A)
-        start = np.arctanh((np.log(self.initial_std) + 5.0) / 2.5 - 1.0)
-        bias = nn.initializers.constant(start)
-        u = nn.Dense(self.action_dim, kernel_init=small, bias_init=bias)(features)  # (B, A)
+        start = nn.initializers.constant(np.arctanh((np.log(0.5) + 5.0) / 2.5 - 1.0))
+        u = nn.Dense(self.action_dim, kernel_init=small, bias_init=start)(features)  # (B, A)
         u = nn.tanh(nn.tanh(u)) if self.squash_twice else nn.tanh(u)  # (B, A)
         return distrax.MultivariateNormalDiag(mean, jnp.exp(-5.0 + 2.5 * (u + 1.0)))
 
 
-# ------------------------------------------------------------------------------------ Agent state
+def clipped_adam(learning_rate, config):
+    """Adam behind a bound on the gradient's norm; its rate falls linearly over online_steps."""
+    rollouts = config.online_steps // config.rollout_steps
+    num_updates = max(1, rollouts * config.epochs * config.num_minibatches)
+    rate = optax.linear_schedule(learning_rate, 0.0, num_updates)
+    bound = optax.clip_by_global_norm(config.max_grad_norm)
+    return optax.chain(bound, optax.adam(rate, eps=1e-5))
 
 
 @flax.struct.dataclass
-class AgentState:
-    """All that training changes in one agent. Outside the losses every array has a leading axis
-    of seeds, (S, ...)."""
+class Agent:
+    """All that training changes. Outside the losses with a leading axis of seeds, (S, ...)."""
 
     actor: TrainState
     value: TrainState
     key: jax.Array
 
 
-def create_agent_state(key, observation_dim, action_dim, config):
-    """A fresh agent for one seed, from its random key (2,)."""
+def create_agent(key, observation, action, config):
+    """A fresh agent from its random key (2,), an observation (1, O) and an action (1, A)."""
     key, actor_key, value_key = jax.random.split(key, 3)
-    observations = jnp.zeros((1, observation_dim))  # (1, O)
-    actor = BoundedGaussianPolicy(
-        config.hidden_dims, action_dim, config.activation, config.initial_std
-    )
+    actor = BoundedGaussianPolicy(config.hidden_dims, action.shape[1], config.activation)
     value = Value(config.value_hidden_dims)
-    return AgentState(
-        actor=TrainState.create(
-            apply_fn=actor.apply, params=actor.init(actor_key, observations),
-            tx=clipped_adam(config.learning_rate, config),
-        ),
-        value=TrainState.create(
-            apply_fn=value.apply, params=value.init(value_key, observations),
-            tx=clipped_adam(config.value_learning_rate, config),
-        ),
+    actor_params = actor.init(actor_key, observation)
+    value_params = value.init(value_key, observation)
+    actor_adam = clipped_adam(config.learning_rate, config)
+    value_adam = clipped_adam(config.value_learning_rate, config)
+    return Agent(
+        actor=TrainState.create(apply_fn=actor.apply, params=actor_params, tx=actor_adam),
+        value=TrainState.create(apply_fn=value.apply, params=value_params, tx=value_adam),
         key=key,
     )
 
 
-def clipped_adam(learning_rate, config):
-    """Adam behind a bound on the gradient's norm; its rate falls linearly over the online steps."""
-    num_updates = max(1, round(config.online_steps * config.utd_ratio))
-    if config.decay_learning_rate:
-        learning_rate = optax.linear_schedule(learning_rate, 0.0, num_updates)
-    return optax.chain(
-        optax.clip_by_global_norm(config.max_grad_norm), optax.adam(learning_rate, eps=1e-5)
-    )
-
-
-# ----------------------------------------------------------------------------------------- Losses
-# Each takes first the parameters it differentiates, and returns (loss, metrics).
-
-
+# ------------------------------------------------------------------------------ Losses and update
+# A loss takes first the parameters it differentiates, and returns (loss, metrics).
 @flax.struct.dataclass
 class Sample:
-    """What one step of a rollout says to the losses."""
+    """What the steps of a rollout say to the losses."""
 
     observations: jax.Array  # (B, O)
     actions: jax.Array  # (B, A), before they were clipped to the box
@@ -309,28 +232,28 @@ class Sample:
     returns: jax.Array  # (B,), what V regresses on
 
 
-def generalised_advantages(state, rollout, ends, config):
-    """GAE of a rollout (T, E, ...): advantages and the values V(s), both (T, E).
+def generalised_advantages(agent, rollout, config):
+    """GAE of a rollout (T, ...) in the order of time: advantages and the values V(s), both (T,).
 
-    ends (T, E): whether the episode ended with the step, for whatever reason; the masks say
-    whether the next state has a value. Schulman et al. 2016, generalised advantage estimation.
+    `ends` cut the sum, for whatever reason; `masks` say whether the next state has a value.
     """
-    values = state.value.apply_fn(state.value.params, rollout.observations)  # (T, E)
-    next_values = state.value.apply_fn(state.value.params, rollout.next_observations)  # (T, E)
-    deltas = rollout.rewards + config.discount * rollout.masks * next_values - values  # (T, E)
+    values = agent.value.apply_fn(agent.value.params, rollout.observations)  # (T,)
+    next_values = agent.value.apply_fn(agent.value.params, rollout.next_observations)  # (T,)
+    deltas = rollout.rewards + config.discount * rollout.masks * next_values - values  # (T,)
 
     def step(following, inputs):
-        delta, end = inputs  # (E,), (E,)
-        advantage = delta + config.discount * config.gae_lambda * (1.0 - end) * following  # (E,)
+        delta, end = inputs  # (), ()
+        advantage = delta + config.discount * config.gae_lambda * (1.0 - end) * following  # ()
         return advantage, advantage
 
-    _, advantages = jax.lax.scan(step, jnp.zeros_like(deltas[0]), (deltas, ends), reverse=True)
+    steps = deltas, rollout.ends
+    _, advantages = jax.lax.scan(step, jnp.zeros_like(deltas[0]), steps, reverse=True)  # (T,)
     return advantages, values
 
 
-def actor_loss(params, state, batch, key, config):
+def actor_loss(params, agent, batch, key, config):
     """The clipped surrogate objective, negated, minus the entropy bonus."""
-    policy = state.actor.apply_fn(params, batch.observations)
+    policy = agent.actor.apply_fn(params, batch.observations)
     log_ratio = policy.log_prob(batch.actions) - batch.log_probs  # (B,)
     ratio = jnp.exp(log_ratio)  # (B,)
     clipped = jnp.clip(ratio, 1.0 - config.clip_ratio, 1.0 + config.clip_ratio)  # (B,)
@@ -341,10 +264,9 @@ def actor_loss(params, state, batch, key, config):
     return loss, info | {"actor_loss": loss, "entropy": entropy}
 
 
-def value_loss(params, state, batch, key, config):
-    """V regresses on the returns; with --value-clip on the worse of two errors, of V itself and
-    of V held near its old value."""
-    v = state.value.apply_fn(params, batch.observations)  # (B,)
+def value_loss(params, agent, batch, key, config):
+    """V regresses on the returns; --value-clip: or V held near its old value, if that is worse."""
+    v = agent.value.apply_fn(params, batch.observations)  # (B,)
     errors = (v - batch.returns) ** 2  # (B,)
     if config.value_clip > 0:
         change = jnp.clip(v - batch.values, -config.value_clip, config.value_clip)  # (B,)
@@ -353,378 +275,60 @@ def value_loss(params, state, batch, key, config):
     return errors.mean(), {"value_loss": errors.mean(), "v": v.mean()}
 
 
-# ----------------------------------------------------------------------------------------- Update
-
-
 def gradient_step(train_state, loss_fn, *args):
     """One optimiser step on `loss_fn(params, *args) -> (loss, metrics)`."""
     grads, info = jax.grad(loss_fn, has_aux=True)(train_state.params, *args)
     return train_state.apply_gradients(grads=grads), info
 
 
-def update_step(state, batch, config):
+def update(agent, batch, config):
     """One update on a minibatch: pi, then V."""
-    actor, actor_info = gradient_step(state.actor, actor_loss, state, batch, None, config)
-    value, value_info = gradient_step(state.value, value_loss, state, batch, None, config)
-    return state.replace(actor=actor, value=value), actor_info | value_info
+    actor, actor_info = gradient_step(agent.actor, actor_loss, agent, batch, None, config)
+    value, value_info = gradient_step(agent.value, value_loss, agent, batch, None, config)
+    return agent.replace(actor=actor, value=value), actor_info | value_info
 
 
-def improve(state, rollout, ends, config):
-    """`epochs` passes over a rollout (T, E, ...) in random minibatches. Metrics are means."""
-    advantages, values = generalised_advantages(state, rollout, ends, config)  # (T, E)
-    normalised = (advantages - advantages.mean()) / (advantages.std() + 1e-8)  # (T, E)
-    policy = state.actor.apply_fn(state.actor.params, rollout.observations)
-    samples = Sample(rollout.observations, rollout.actions, policy.log_prob(rollout.actions),
-                     normalised, values, advantages + values)
-    samples = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), samples)  # (T * E, ...)
+def improve(agent, rollout, config):
+    """`epochs` passes over a rollout (T, ...) in random minibatches. Metrics are means."""
+    advantages, values = generalised_advantages(agent, rollout, config)  # (T,)
+    normalised = (advantages - advantages.mean()) / (advantages.std() + 1e-8)  # (T,)
+    policy = agent.actor.apply_fn(agent.actor.params, rollout.observations)
+    taken = rollout.observations, rollout.actions, policy.log_prob(rollout.actions)
+    samples = Sample(*taken, normalised, values, advantages + values)
 
-    def epoch(state, _):
-        key, order_key = jax.random.split(state.key)
-        order = jax.random.permutation(order_key, config.rollout_steps)  # (T * E,)
+    def epoch(agent, _):
+        key, order_key = jax.random.split(agent.key)
+        order = jax.random.permutation(order_key, config.rollout_steps)  # (T,)
         order = order.reshape(config.num_minibatches, -1)  # (M, B)
 
-        def step(state, rows):
-            return update_step(state, jax.tree.map(lambda x: x[rows], samples), config)
+        def step(agent, rows):
+            return update(agent, jax.tree.map(lambda x: x[rows], samples), config)
 
-        return jax.lax.scan(step, state.replace(key=key), order)
+        return jax.lax.scan(step, agent.replace(key=key), order)
 
-    state, info = jax.lax.scan(epoch, state, length=config.epochs)
-    return state, jax.tree.map(jnp.mean, info)
+    agent, info = jax.lax.scan(epoch, agent, length=config.epochs)
+    return agent, jax.tree.map(jnp.mean, info) | {"falls": (1.0 - rollout.masks).sum()}
 
 
-def mode_actions(state, observations):
+def explore(agent, observation, key, config):
+    """The training policy's action (A,) in one observation (O,), not clipped to the box."""
+    return agent.actor.apply_fn(agent.actor.params, observation[None]).sample(seed=key)[0]
+
+
+def act(agent, observations, config):
     """The deterministic policy's actions (B, A) in observations (B, O), for evaluation."""
-    return state.actor.apply_fn(state.actor.params, observations).mode()
+    return agent.actor.apply_fn(agent.actor.params, observations).mean()
 
 
-# ==================================== The same bytes in every script from here to main ============
-# ------------------------------------------------------------------------------------------- Data
-
-
-@flax.struct.dataclass
-class Batch:
-    """Transitions as the agent sees them. `masks` is 0 only on a true termination, where no
-    future reward exists; at a time limit it is 1."""
-
-    observations: jax.Array  # (B, O)
-    actions: jax.Array  # (B, A)
-    rewards: jax.Array  # (B,)
-    next_observations: jax.Array  # (B, O)
-    masks: jax.Array  # (B,)
-    mc_returns: Any = ()  # (B,), discounted returns from here on, where a script needs them
-
-
-def fail(message, code=2):
-    """End the program with one line on stderr. Codes: 2 input refused, 3 not finite, 4 disk."""
-    print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
-    raise SystemExit(code)
-
-
-def environment_spec(path, env_id):
-    """Specification (JSON) of the environment that goes with the dataset at `path`.
-
-    Of a Minari dataset its evaluation environment, where it has one: that is what is trained in.
-    """
-    try:
-        if env_id is not None:
-            if env_id not in gym.registry and importlib.util.find_spec("gymnasium_robotics"):
-                import gymnasium_robotics
-
-                gym.register_envs(gymnasium_robotics)
-            return gym.make(env_id).spec.to_json()
-        if path.is_file():
-            fail(f"--dataset {path}: a flat file does not name its environment, add --env-id ID")
-        return open_minari(path).recover_environment(eval_env=True).spec.to_json()
-    except (gym.error.Error, ImportError, ValueError, OSError) as error:
-        hint = "; pip install gymnasium-robotics" if "robotics" in str(error) else ""
-        return fail(f"no environment: {' '.join(str(error).split())}{hint}")
-
-
-def open_minari(path):
-    """The Minari dataset in a folder; a damaged one is refused."""
-    try:
-        return minari.MinariDataset(path)
-    except Exception as error:  # Minari checks nothing: a damaged file fails in many ways
-        return fail_damaged(path, error)
-
-
-def fail_damaged(path, error):
-    """Refuse a file that cannot be read."""
-    fault = " ".join(f"{type(error).__name__}: {error}".split())
-    fail(f"{path}: unreadable ({fault}): damaged or cut off? Fetch it again, from Minari by "
-         "minari.download_dataset(id, force_download=True)")
-
-
-def make_env(spec, **keywords):
-    """The environment of a specification (JSON); dict observations flattened in sorted order."""
-    env = gym.make(gym.envs.registration.EnvSpec.from_json(spec), **keywords)
-    if isinstance(env.observation_space, gym.spaces.Dict):
-        space = gym.spaces.Dict(dict(sorted(env.observation_space.items())))
-        env = gym.wrappers.TransformObservation(env, lambda x: x, space)
-        env = gym.wrappers.FlattenObservation(env)
-    return env
-
-
-def check_spaces(observation_space, action_space, name):
-    """Refuse what these scripts cannot learn from: images, discrete or unbounded actions."""
-
-    def vector(space):
-        if isinstance(space, gym.spaces.Dict):
-            return all(map(vector, space.values()))
-        box = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
-        return box and space.dtype != np.uint8
-
-    if not vector(observation_space):
-        fail(f"{name}: observations are {observation_space}; only vectors are supported, no images")
-    bounded = isinstance(action_space, gym.spaces.Box) and action_space.is_bounded()
-    if not bounded or not vector(action_space):
-        fail(f"{name}: actions are {action_space}; only bounded vectors are supported")
-
-
-ACTION_LIMIT = 1 - 1e-5  # of actions in batches: at 1 a squashed policy's density is not finite
-
-
-@dataclasses.dataclass(frozen=True)
-class Transform:
-    """Between the data's and environment's units and the agent's. One object serves dataset,
-    online data and evaluation, and is part of the checkpoint."""
-
-    observation_mean: np.ndarray  # (O,)
-    observation_std: np.ndarray  # (O,)
-    action_center: np.ndarray  # (A,)
-    action_scale: np.ndarray  # (A,)
-    reward_scale: np.ndarray  # ()
-    reward_shift: np.ndarray  # ()
-
-    def observations(self, x):
-        return ((x - self.observation_mean) / self.observation_std).astype(np.float32)
-
-    def rewards(self, x):
-        return (np.asarray(x) * self.reward_scale + self.reward_shift).astype(np.float32)
-
-    def actions(self, x):
-        """Data -> agent."""
-        scaled = (x - self.action_center) / self.action_scale
-        return np.clip(scaled, -ACTION_LIMIT, ACTION_LIMIT).astype(np.float32)
-
-    def environment_actions(self, x):
-        """Agent -> environment."""
-        return (x * self.action_scale + self.action_center).astype(np.float32)
-
-
-# ---------------------------------------------------------------------------------- Training steps
-
-
-def for_each_seed(function, *arguments):
-    """`function` over the leading axis, the seeds of one device: side by side on an accelerator,
-    one after the other on a CPU, where batching the small matmuls halves their speed."""
-    if jax.default_backend() == "cpu":
-        return jax.lax.map(lambda xs: function(*xs), arguments)
-    return jax.vmap(function)(*arguments)
-
-
-@jax.jit
-def act_deterministically(state, observations):
-    """The evaluated policy's actions (S, E, A) in observations (S, E, O)."""
-    return jax.vmap(mode_actions)(state, observations)
-
-
-# ------------------------------------------------------------------------------ Seeds and devices
-# A shard is what one device holds of the seeds; shards[d] has a leading axis of S / D seeds. Each
-# device is given its own calls: they run side by side because dispatch returns at once.
-
-
-def available_cores():
-    """How many cores this process may use; of how many, XLA's last digits depend."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def use_all_cores(num_seeds):
-    """Before jax starts: one virtual CPU device per core, as far as they divide the seeds."""
-    divisors = [d for d in range(1, available_cores() + 1) if num_seeds % d == 0]
-    with contextlib.suppress(RuntimeError):  # jax has started, in a notebook say: as it is
-        jax.config.update("jax_num_cpu_devices", max(divisors))
-
-
-def seed_devices(num_seeds):
-    """The devices that the seeds are spread over: as many as divide their number."""
-    devices = jax.devices()
-    return devices[: max(d for d in range(1, len(devices) + 1) if num_seeds % d == 0)]
-
-
-def split(tree, devices):
-    """(S, ...) arrays -> a list with every device's part of the seeds."""
-    leaves, structure = jax.tree.flatten(tree)
-    parts = zip(*[x.reshape(len(devices), -1, *x.shape[1:]) for x in leaves], strict=True)
-    return [jax.tree.unflatten(structure, part) for part in parts]
-
-
-def to_devices(tree, devices):
-    """(S, ...) arrays -> one shard on each device."""
-    parts = zip(split(tree, devices), devices, strict=True)
-    return [jax.device_put(part, device) for part, device in parts]
-
-
-def to_host(shards):
-    """Shards -> NumPy arrays (S, ...)."""
-    return jax.tree.map(lambda *xs: np.concatenate(xs), *jax.device_get(shards))
-
-
-def on_every_device(function, *shards):
-    """`function(*shards)` on every device; for each of its results, the list of shards."""
-    results = [function(*arguments) for arguments in zip(*shards, strict=True)]
-    return [list(result) for result in zip(*results, strict=True)]
-
-
-# ------------------------------------------------------------------------------------ Environments
-
-
-def episode_seed(stream, seed, episode):
-    """Reset seed of one episode; every episode has its own, so that any can be played again.
-    `stream` keeps training (0), evaluation (1) and film (2) apart."""
-    return int(np.random.SeedSequence((stream, seed, episode)).generate_state(1)[0])
-
-
-@dataclasses.dataclass
-class Rollout:
-    """The training environments, as many for every seed, between two steps."""
-
-    envs: list
-    observations: np.ndarray  # (S, O), in the environments' units; S counts environments here
-    actions: np.ndarray  # (S, A), the agents' next ones
-    episodes: np.ndarray  # (S,), episodes finished so far
-    played: list  # per environment: the actions since the last reset
-    finished: list  # (seed index, return, length) of the episodes finished since the last log
-
-
-def start_rollout(run, saved=None, num_envs=1):
-    """Reset the training environments, `num_envs` per seed; with the arrays of a checkpoint play
-    the interrupted episodes again, which brings a deterministic simulator back to its state, bit
-    for bit."""
-    indices = range(run.config.num_seeds * num_envs)
-    envs = [gym.wrappers.RecordEpisodeStatistics(make_env(run.spec)) for _ in indices]
-    episodes = saved["rollout/episodes"] if saved else np.zeros(len(envs), int)
-    played = [list(saved[f"rollout/played/{i}"]) if saved else [] for i in indices]
-    observations = np.zeros((len(envs), *envs[0].observation_space.shape))  # (S, O)
-    actions = saved and saved["rollout/actions"]
-    rollout = Rollout(envs, observations, actions, episodes, played, [])
-    for i, env in enumerate(envs):
-        observations[i] = reset_environment(run, rollout, i)
-        for action in played[i]:
-            observations[i], *_ = env.step(run.transform.environment_actions(action))
-    return rollout
-
-
-def reset_environment(run, rollout, i):
-    """Begin the next episode of training environment i; returns its first observation (O,)."""
-    num_envs = len(rollout.envs) // run.config.num_seeds
-    number = int(rollout.episodes[i]) * num_envs + i % num_envs
-    seed = episode_seed(0, run.config.seed + i // num_envs, number)
-    return rollout.envs[i].reset(seed=seed)[0]
-
-
-def step_rollout(run):
-    """Step every environment with the agents' next actions; ended ones are reset.
-
-    Returns the transitions, a Batch (S, ...); a next observation is the one before a reset.
-    """
-    rollout, num_envs = run.rollout, len(run.rollout.envs) // run.config.num_seeds
-    before, next_observations = rollout.observations.copy(), rollout.observations.copy()  # (S, O)
-    rewards, terminated = np.zeros(len(before)), np.zeros(len(before), bool)  # (S,)
-    actions = run.transform.environment_actions(rollout.actions)  # (S, A)
-    for i, env in enumerate(rollout.envs):
-        observation, rewards[i], terminated[i], truncated, info = env.step(actions[i])
-        rollout.played[i].append(rollout.actions[i])
-        next_observations[i] = rollout.observations[i] = observation
-        if terminated[i] or truncated:
-            rollout.finished.append((i // num_envs, info["episode"]["r"], info["episode"]["l"]))
-            rollout.episodes[i] += 1
-            rollout.played[i] = []
-            rollout.observations[i] = reset_environment(run, rollout, i)
-    return Batch(
-        observations=run.transform.observations(before),
-        actions=np.clip(rollout.actions, -ACTION_LIMIT, ACTION_LIMIT),
-        rewards=run.transform.rewards(rewards),
-        next_observations=run.transform.observations(next_observations),
-        masks=1.0 - terminated.astype(np.float32),
-    )
-
-
-def evaluate(run):
-    """Returns and lengths (S, E) of one episode in each of the S * E environments, played side by
-    side by the deterministic policy. Always the same start states; training is not touched."""
-    shape = run.config.num_seeds, run.config.eval_episodes
-    observations = np.zeros((*shape, *run.eval_envs[0].observation_space.shape))  # (S, E, O)
-    returns, lengths, playing = np.zeros(shape), np.zeros(shape, int), np.ones(shape, bool)
-    envs = np.array(run.eval_envs, object).reshape(shape)
-    for i, j in np.ndindex(*shape):
-        observations[i, j], _ = envs[i, j].reset(seed=episode_seed(1, run.config.seed + i, j))
-    while playing.any():
-        inputs = split(run.transform.observations(observations), run.devices)
-        actions = to_host(list(map(act_deterministically, run.shards, inputs)))  # (S, E, A)
-        actions = run.transform.environment_actions(actions)
-        for i, j in np.argwhere(playing):
-            step = envs[i, j].step(actions[i, j])
-            observations[i, j], reward, terminated, truncated, _ = step
-            returns[i, j] += reward
-            lengths[i, j] += 1
-            playing[i, j] = not (terminated or truncated)
-    return returns, lengths
-
-
-REFERENCE_RETURNS = {  # random and expert return, from D4RL (Fu et al. 2020, its infos.py)
-    "HalfCheetah-v4": (-280.178953, 12135.0),
-    "Hopper-v4": (-20.272305, 3234.3),
-    "Walker2d-v4": (1.629008, 4592.3),
-    "Ant-v4": (-325.6, 3879.7),
-    "AdroitHandDoor-v1": (-56.512833, 2880.5693087298737),
-    "AdroitHandHammer-v1": (-274.856578, 12794.134825156867),
-    "AdroitHandPen-v1": (96.262799, 3076.8331017826877),
-    "AdroitHandRelocate-v1": (-6.425911, 4233.877797728884),
-    "FrankaKitchen-v1": (0.0, 4.0),
-}
-
-
-def reference_returns(spec):
-    """(random, expert) return of an environment, and where they are from; NaN where none is known.
-    A sparse maze that ends at its goal has return 1 or 0: its score is the success rate."""
-    spec = json.loads(spec)
-    ends = not spec["kwargs"].get("continuing_task", True)
-    if "Maze" in spec["id"] and ends and spec["kwargs"].get("reward_type") != "dense":
-        return 0.0, 1.0, "success rate in percent"
-    # D4RL's kitchen sets on Minari count every finished task again in each step: no such reference
-    counted_again = not spec["kwargs"].get("remove_task_when_completed", True)
-    if spec["id"] in REFERENCE_RETURNS and not counted_again:
-        return *REFERENCE_RETURNS[spec["id"]], "D4RL's, 0 random, 100 expert"
-    return np.nan, np.nan, "no reference known, returns are raw"
-
-
-def evaluation_values(run):
-    """The evaluation's columns, each (S,): means over episodes."""
-    returns, lengths = evaluate(run)  # (S, E)
-    random, expert, _ = reference_returns(run.spec)
-    scores = 100.0 * (returns - random) / (expert - random)  # (S, E)
-    return {"return": returns.mean(1), "length": lengths.mean(1), "score": scores.mean(1)}
-
-
-# ------------------------------------------------------------------------------ On-policy rollouts
-
-
-SHIFTS = {  # what ShiftedPhysics changes, and its smallest and largest accepted value
-    "friction": (0.0, 100.0), "mass": (0.01, 100.0), "strength": (0.0, 100.0),
-    "damping": (0.0, 100.0), "delay": (0, 100),
-}  # fmt: skip
-
-
-class ShiftedPhysics(gym.Wrapper, gym.utils.RecordConstructorArgs):
+# -------------------------------------------------------------------------------- A shifted world
+class ShiftedPhysics(gym.Wrapper):
     """A MuJoCo environment with other physics, as factors of the model's own: `friction` of all
     contacts, `mass` and inertia of all bodies, `strength` of the actuators, `damping` of the
     joints; and actions that arrive `delay` steps late, until then the zero action."""
 
     def __init__(self, env, friction=1.0, mass=1.0, strength=1.0, damping=1.0, delay=0):
-        factors = {"friction": friction, "mass": mass, "strength": strength, "damping": damping}
-        gym.utils.RecordConstructorArgs.__init__(self, delay=delay, **factors)
-        gym.Wrapper.__init__(self, env)
+        super().__init__(env)
+        self.delay, self.waiting = int(delay), []
         model = env.unwrapped.model
         model.geom_friction[:] *= friction
         model.body_mass[:] *= mass
@@ -732,8 +336,6 @@ class ShiftedPhysics(gym.Wrapper, gym.utils.RecordConstructorArgs):
         model.actuator_gear[:] *= strength
         model.dof_damping[:] *= damping
         mujoco.mj_setConst(model, env.unwrapped.data)  # what MuJoCo derives from mass and inertia
-        self.delay = int(delay)
-        self.waiting = []
 
     def reset(self, **keywords):
         self.waiting = [np.zeros(self.action_space.shape, self.action_space.dtype)] * self.delay
@@ -744,728 +346,363 @@ class ShiftedPhysics(gym.Wrapper, gym.utils.RecordConstructorArgs):
         return self.env.step(self.waiting.pop(0))
 
 
-def shifted(spec, text):
-    """The specification (JSON) of an environment with the physics that --shift asks for."""
-    if not text:
-        return spec
-    words = [word.partition("=") for word in text.split(",")]
-    for name, _, number in words:
-        low, high = SHIFTS.get(name, (0, 0))
-        try:
-            fits = name in SHIFTS and low <= float(number) <= high
-            fits = fits and (name != "delay" or number.isdigit())
-        except ValueError:
-            fits = False
-        if not fits:
-            known = ", ".join(f"{n}={a}...{b}" for n, (a, b) in SHIFTS.items())
-            fail(f"--shift {text}: {name}={number}; known are {known}")
-    changes = {name: int(number) if name == "delay" else float(number) for name, _, number in words}
-    made = json.loads(spec)
-    if not hasattr(make_env(spec).unwrapped, "model"):
-        fail(f"--shift {text}: {made['id']} has no MuJoCo model")
-    made["additional_wrappers"].append({
-        "name": "ShiftedPhysics", "entry_point": f"{__name__}:ShiftedPhysics", "kwargs": changes,
-    })  # fmt: skip
-    return json.dumps(made)
+def shifted(source, config):
+    """The source (load_dataset's) with the physics that --shift asks for."""
+    if not config.shift:
+        return source
+    try:
+        words = [word.split("=") for word in config.shift.split(",")]
+        changes = {name: float(number) for name, number in words}
+        ShiftedPhysics(make_env(source), **changes)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise SystemExit(f"--shift {config.shift}: {error}; see ShiftedPhysics") from None
+    entry_point = f"{Path(__file__).stem}:ShiftedPhysics"  # where other programs find it, too
+    wrapper = {"name": "ShiftedPhysics", "entry_point": entry_point, "kwargs": changes}
+    spec = json.loads(source["environment"])
+    spec["additional_wrappers"].append(wrapper)
+    return source | {"environment": json.dumps(spec)}
+
+
+# ---------------------------------------------------------------------------------------- Online
+def phases(config):
+    """The run, phase by phase: name, number of steps, and what one round of them does."""
+    if config.interval % config.rollout_steps or config.rollout_steps % config.batch_size:
+        raise SystemExit("--interval must be a multiple of --rollout-steps, that of --batch-size")
+    yield "online", config.online_steps, on_policy_round
+
+
+def on_policy_round(agents, buffers, run, first, last):
+    """Environment steps `first` to `last`, an improvement after each rollout, none of which is kept
+    any longer. At first with fresh optimisers: agents of --init-from bring their old ones along."""
+    config = run[0]
+    if first == 0:
+        actor, value = fresh_optimiser(agents.actor), fresh_optimiser(agents.value)
+        agents = agents.replace(actor=actor, value=value)
+    train = partial(online_round, update=improve, every=config.rollout_steps)
+    rollout = jax.tree.map(lambda x: jnp.zeros_like(x[:, : config.rollout_steps]), buffers)
+    agents, _, info = train(agents, rollout, run, first, last)
+    updates = info["updates"] * config.epochs * config.num_minibatches
+    return agents, buffers, info | {"updates": updates}
 
 
 @jax.jit
-def act_on_policy(state, observations):
-    """The policies' sampled actions (S * E, A), not clipped to the box, in observations
-    (S * E, O), and the next keys (S, 2)."""
-    keys = jax.vmap(partial(jax.random.split, num=2))(state.key)  # (S, 2, 2)
-
-    def one_seed(state, observations, key):
-        return state.actor.apply_fn(state.actor.params, observations).sample(seed=key)
-
-    observations = observations.reshape(len(keys), -1, observations.shape[-1])  # (S, E, O)
-    actions = jax.vmap(one_seed)(state, observations, keys[:, 1])  # (S, E, A)
-    return actions.reshape(-1, actions.shape[-1]), keys[:, 0]
+def fresh_optimiser(train_states):
+    """TrainStates (S, ...) with the same parameters and an optimiser that has made no step."""
+    create = partial(TrainState.create, apply_fn=train_states.apply_fn, tx=train_states.tx)
+    return jax.vmap(lambda params: create(params=params))(train_states.params)
 
 
-def collect_rollout(run):
-    """Play `rollout_steps` steps per seed with the current policies.
-
-    Returns a Batch (S, T, E, ...) with the raw actions, and whether the episodes ended with the
-    steps (S, T, E).
-    """
-    steps, ends, config = [], [], run.config
-    for _ in range(config.rollout_steps // config.num_envs):
-        observations = split(run.transform.observations(run.rollout.observations), run.devices)
-        raw, keys = on_every_device(act_on_policy, run.shards, observations)
-        run.shards = [s.replace(key=key) for s, key in zip(run.shards, keys, strict=True)]
-        raw = to_host(raw)  # (S * E, A)
-        run.rollout.actions = np.clip(raw, -1.0, 1.0)
-        episodes = run.rollout.episodes.copy()
-        steps.append(step_rollout(run).replace(actions=raw))
-        ends.append((run.rollout.episodes != episodes).astype(np.float32))
-
-    def by_seed(*rows):
-        stacked = np.stack(rows)  # (T, S * E, ...)
-        stacked = stacked.reshape(len(rows), config.num_seeds, config.num_envs, *stacked.shape[2:])
-        return stacked.swapaxes(0, 1)  # (S, T, E, ...)
-
-    return jax.tree.map(by_seed, *steps), by_seed(*ends)
+def online_batch(dataset, buffer, size, key, config):
+    """The whole rollout (T, ...), in the order of time."""
+    return buffer
 
 
-@partial(jax.jit, static_argnames="config", donate_argnames="state")
-def improve_policies(state, rollout, ends, config):
-    """`improve` for every seed. `state` is donated: use the returned one."""
-    return for_each_seed(partial(improve, config=config), state, rollout, ends)
+@partial(jax.jit, donate_argnames="buffers")
+def insert(buffers, rows, position):
+    """Rows (S, ...) into the buffers (S, C, ...), in place: hence a program of its own."""
+    return jax.tree.map(lambda buffer, row: buffer.at[:, position].set(row), buffers, rows)
 
 
-def on_policy_chunk(run, num_steps):
-    """`num_steps` environment steps of every seed, an improvement after each rollout. Returns the
-    mean metrics, (S,), and the mean return and length of the training episodes that ended."""
-    infos, falls = [], 0.0
-    for _ in range(num_steps // run.config.rollout_steps):
-        rollout, ends = collect_rollout(run)
-        falls += (1.0 - rollout.masks).sum(axis=(1, 2))  # (S,)
-        shards = split((rollout, ends), run.devices)
-        improved = partial(improve_policies, config=run.config)
-        rollouts, all_ends = zip(*shards, strict=True)
-        run.shards, info = on_every_device(improved, run.shards, rollouts, all_ends)
-        infos.append(to_host(info))
-    values = jax.tree.map(lambda *xs: np.mean(xs, axis=0), *infos)
-    return values | finished_episodes(run) | {"falls": falls}
+@partial(jax.jit, static_argnames=("config", "update", "learn"), donate_argnames="agents")
+def online_step(agents, buffers, size, observations, dataset, config, update, learn):
+    """With `learn` update all agents, then choose actions (S, A). `agents` is donated."""
+    keys, info = jax.vmap(partial(jax.random.split, num=3))(agents.key), {}  # (S, 3, 2)
+    agents = agents.replace(key=keys[:, 0])
+    if learn:
+        draw = partial(online_batch, config=config)
+        draw_all = jax.vmap(draw, in_axes=(None, 0, None, 0))
+        batches = draw_all(dataset, buffers, size, keys[:, 1])  # (S, B, ...)
+        agents, info = for_each_seed(partial(update, config=config), agents, batches)
+    actions = jax.vmap(partial(explore, config=config))(agents, observations, keys[:, 2])
+    return agents, actions, info
 
 
-def fresh_optimisers(state, fresh):
-    """The policy and V of `state`, with the optimisers and the key of a fresh agent."""
-    actor = fresh.actor.replace(params=state.actor.params)
-    return fresh.replace(actor=actor, value=fresh.value.replace(params=state.value.params))
+def online_round(agents, buffers, run, first, last, update, warmup=0, every=1, store=insert):
+    """Environment steps `first` to `last`, an update after every `every`th but the `warmup` first.
+    Episodes are seeded by (seed, first) and truncated at `last`: no simulator is checkpointed."""
+    config, dataset, envs, bar = run
+    infos, capacity = [], buffers.rewards.shape[1]
+    seeds = [10**9 * (config.seed + i + 1) + first for i in range(config.num_seeds)]
+    observations, _ = envs.reset(seed=seeds)  # (S, O)
+    step_all = partial(online_step, dataset=dataset, config=config, update=update)
+    agents, actions, _ = step_all(agents, buffers, 0, observations, learn=False)
+    for step in range(first, last):
+        after, rewards, terminated, truncated, info = envs.step(np.asarray(actions))  # (S, ...)
+        following, ends = after.copy(), terminated | truncated | (step + 1 == last)
+        for i in np.flatnonzero(terminated | truncated):  # reset already
+            following[i] = info["final_obs"][i]
+        rows = Batch(observations, actions, rewards, following, 1.0 - terminated, 1.0 * ends)
+        buffers, observations = store(buffers, rows, step % capacity), after
+        size, due = min(step + 1, capacity), step >= warmup and (step + 1) % every == 0
+        agents, actions, info = step_all(agents, buffers, size, observations, learn=due)
+        infos += [jax.device_get(info)] * due
+        bar.update()
+    means = {name: np.mean([x[name] for x in infos], axis=0) for name in (infos or [{}])[0]}
+    return agents, buffers, means | {"updates": len(infos)}
 
 
-def start_on_policy(run, saved=None):
-    """The training environments: new ones, or a checkpoint's."""
-    run.rollout = start_rollout(run, saved, run.config.num_envs)
-    if not saved:
-        run.rollout.actions = np.zeros((len(run.rollout.envs), len(run.transform.action_center)))
+# ==== The same bytes in every script from here ==================================================
 
 
-def check_rollouts(config):
-    """Refuse rollouts that do not make whole minibatches, or whole steps of all environments; and
-    a policy to start from that is another function of its arrays."""
-    for name in ("batch_size", "num_envs"):
-        if config.rollout_steps % getattr(config, name):
-            fail(f"--rollout-steps {config.rollout_steps}: must be a multiple of "
-                 f"--{name.replace('_', '-')} {getattr(config, name)}")
-    if config.init_from:
-        _, meta, found = load_own_checkpoint(config.init_from, INIT_FROM)
-        for name in ("activation", "reward_scale", "reward_shift"):
-            if meta["config"][name] != getattr(config, name):
-                fail(f"--init-from {found}: has --{name.replace('_', '-')} {meta['config'][name]}, "
-                     f"but this run {getattr(config, name)}")
+@flax.struct.dataclass
+class Batch:
+    """Transitions in the agent's units."""
+
+    observations: jax.Array  # (B, O)
+    actions: jax.Array  # (B, A), inside [-1, 1]
+    rewards: jax.Array  # (B,)
+    next_observations: jax.Array  # (B, O)
+    masks: jax.Array  # (B,), 0 only on a true termination, where no future reward exists
+    ends: jax.Array  # (B,), 1 on the last row of an episode, for whatever reason
+    mc_returns: Any = ()  # (B,), discounted returns from here on, where a script needs them
 
 
-# -------------------------------------------------------------------------------------- Checkpoint
+def rescale(x, multiplier, offset):
+    """The environment's units -> the agent's, for data and steps alike."""
+    return (np.asarray(x) * multiplier + offset).astype(np.float32)
 
 
-def named_arrays(tree, prefix):
-    """{prefix/path/of/leaf: NumPy array} of a tree."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
+def make_env(source):
+    """The environment of a source (load_dataset's), in all but statistics in the agent's units."""
+    units, wrap = {name: np.array(x) for name, x in source["units"].items()}, gym.wrappers
+    spec = gym.envs.registration.EnvSpec.from_json(source["environment"])
+    env = wrap.RecordEpisodeStatistics(gym.make(spec, disable_env_checker=True))
+    if isinstance(env.observation_space, gym.spaces.Dict):
+        env = wrap.FlattenObservation(env)
+    box = gym.spaces.Box(-1.0, 1.0, env.action_space.shape)
+    env = wrap.TransformAction(env, lambda x: np.clip(x, -1, 1) * units["actions"], box)
+    env = wrap.TransformReward(env, lambda x: rescale(x, *units["rewards"]))
+    return wrap.TransformObservation(env, lambda x: rescale(x, *units["observations"]), None)
+
+
+def load_dataset(config, data, env):
+    """The dataset, a Batch of N rows (without --dataset of one row of zeros), and its source, for
+    config.json: environment, units, reference returns, hash. collect.py checks more."""
+    high, metadata, digest, parts, returns = env.action_space.high, {}, "", [], np.zeros(1)
+    zeros = np.zeros((1, gym.spaces.flatdim(env.observation_space)))  # (1, O)
+    rows = Batch(zeros, high[None] * 0, np.zeros(1), zeros, np.ones(1), np.ones(1))
+    for episode in data.iterate_episodes() if data else ():
+        leaves = jax.tree.leaves(episode.observations)  # of Dicts as FlattenObservation does it
+        observations = np.concatenate([x.reshape(len(x), -1) for x in leaves], axis=1)  # (T + 1, O)
+        ends = 1.0 * (np.arange(1, len(observations)) == len(episode.rewards))  # (T,)
+        step = observations[:-1], episode.actions, episode.rewards, observations[1:]
+        parts.append(Batch(*step, 1.0 - episode.terminations, ends))
+    if data:
+        rows = jax.tree.map(lambda *xs: np.concatenate(xs, dtype=np.float32), *parts)
+        file = data.storage.data_path / "main_data.hdf5"
+        metadata, digest = data.storage.metadata, hashlib.sha256(file.read_bytes()).hexdigest()
+        if np.abs(rows.actions).max() <= 1 + 1e-3 and (high >= 1).all():
+            high = np.ones_like(high)  # the data use this part of the box
+        returns = np.add.reduceat(rows.rewards, np.flatnonzero(np.append(1, rows.ends[:-1])))
+        print(f"{config.dataset}: {len(rows.ends):,} steps, mean return {returns.mean():.1f}")
+    finite = all(np.isfinite(x).all() for x in jax.tree.leaves(rows))
+    if not finite or rows.observations.shape[1] != zeros.shape[1]:
+        raise SystemExit(f"{config.dataset}: bad rows, baselines/collect.py check says which")
+    scale = config.reward_scale * (1000 / np.ptp(returns) if config.normalize_returns else 1)
+    units = {"observations": (1.0, 0.0), "rewards": (scale, config.reward_shift), "actions": high}
+    if config.normalize_observations:
+        std = rows.observations.std(axis=0, dtype=np.float64) + 1e-3
+        units["observations"] = 1 / std, -rows.observations.mean(axis=0, dtype=np.float64) / std
+    rows = rows.replace(
+        observations=rescale(rows.observations, *units["observations"]),
+        actions=np.clip(rows.actions / high, -1 + 1e-5, 1 - 1e-5).astype(np.float32),
+        rewards=rescale(rows.rewards, *units["rewards"]),
+        next_observations=rescale(rows.next_observations, *units["observations"]),
+    )
+    return rows, {
+        "environment": env.spec.to_json(),
+        "units": jax.tree.map(lambda x: np.asarray(x).tolist(), units),
+        "reference": [metadata.get("ref_min_score"), metadata.get("ref_max_score")],
+        "dataset_sha256": digest,
+    }
+
+
+def for_each_seed(function, *arguments):
+    """`function` over the seeds, the leading axis; on a CPU in turn, which is twice as fast."""
+    if jax.default_backend() == "cpu":
+        return jax.lax.map(lambda xs: function(*xs), arguments)
+    return jax.vmap(function)(*arguments)
+
+
+@partial(jax.jit, static_argnames=("config", "update", "num_steps"), donate_argnames="agents")
+def update_steps(agents, dataset, config, update, num_steps):
+    """`num_steps` updates of every agent, as one scan. Metrics are sums. `agents` is donated."""
+
+    def body(agent, _):
+        key, sample_key = jax.random.split(agent.key)
+        rows = jax.random.randint(sample_key, (config.batch_size,), 0, len(dataset.rewards))  # (B,)
+        batch = jax.tree.map(lambda x: x[rows], dataset)
+        return update(agent.replace(key=key), batch, config)
+
+    agents, info = for_each_seed(partial(jax.lax.scan, body, length=num_steps), agents)
+    return agents, jax.tree.map(partial(jnp.sum, axis=1), info)
+
+
+def offline_round(agents, buffers, run, first, last, update):
+    """Updates `first` to `last` on the dataset, in slices, so that the bar moves."""
+    config, dataset, _, bar = run
+    totals = []
+    for begin in range(first, last, 200):
+        size = min(200, last - begin)
+        agents, info = update_steps(agents, dataset, config, update, size)
+        totals.append(jax.device_get(info))
+        bar.update(size)
+    names = totals[0] if totals else ()
+    means = {name: sum(x[name] for x in totals) / (last - first) for name in names}
+    return agents, buffers, means | {"updates": last - first}
+
+
+act_all = jax.jit(jax.vmap(act, in_axes=(0, 0, None)), static_argnums=2)  # (S, E, O) -> (S, E, A)
+
+
+def evaluate(agents, envs, source, config):
+    """Mean return and score (S,) of an episode in each of S * E environments, always the same."""
+    shape = config.num_seeds, config.eval_episodes
+    seeds = [10_000 * (config.seed + i) + episode for i, episode in np.ndindex(*shape)]
+    (observations, _), returns = envs.reset(seed=seeds), np.full(len(seeds), np.nan)
+    while np.isnan(returns).any():
+        actions = np.asarray(act_all(agents, observations.reshape(*shape, -1), config))
+        observations, _, terminated, truncated, info = envs.step(actions.reshape(len(seeds), -1))
+        for i in np.flatnonzero((terminated | truncated) & np.isnan(returns)):
+            returns[i] = info["final_info"]["episode"]["r"][i]
+    low, high = (np.nan if x is None else x for x in source["reference"])
+    values = {"return": returns, "score": 100 * (returns - low) / (high - low)}
+    return {name: x.reshape(shape).mean(axis=1) for name, x in values.items()}
+
+
+def named_arrays(**trees):
+    """{path/of/leaf: NumPy array}."""
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(trees))
     name = partial(jax.tree_util.keystr, simple=True, separator="/")
-    return {f"{prefix}/{name(path)}": np.asarray(leaf) for path, leaf in leaves}
+    return {name(path): np.asarray(leaf) for path, leaf in leaves}
 
 
-def restore(template, arrays, prefix, path):
-    """A tree like `template` from the named arrays of the checkpoint read from `path`."""
-    leaves, structure = jax.tree.flatten(template)
-    for name, leaf in named_arrays(template, prefix).items():
-        found = arrays[name].shape if name in arrays else "missing"
-        if found != leaf.shape:
-            fail(f"{path}: {name} is {found}, but this run needs {leaf.shape}")
-    unused = {name for name in arrays if name.startswith(f"{prefix}/")}
-    unused -= set(named_arrays(template, prefix))
-    if unused:
-        fail(f"{path}: {min(unused)} has no place in this run; another size of its networks?")
-    return jax.tree.unflatten(structure, [arrays[name] for name in named_arrays(template, prefix)])
-
-
-def save_checkpoint(path, arrays, meta):
-    """Write arrays and meta (JSON) so that a kill at any moment leaves a whole checkpoint: to a
-    temporary file, synced, then renamed; the one before is kept as *.previous.npz."""
-    temporary, previous = path.with_suffix(".tmp"), path.with_suffix(".previous.npz")
+def save(folder, arrays, meta):
+    """metrics.csv, then checkpoint.npz: a kill at any moment leaves the old one or the new one."""
+    temporary = folder / f"checkpoint.{os.getpid()}.tmp"
+    names = ("phase", "step", "seed", *METRICS, "return", "score", "updates_per_second", "seconds")
     try:
+        with open(folder / "metrics.csv", "w") as file:
+            table = [names, *([row.get(name, "") for name in names] for row in meta["rows"])]
+            csv.writer(file, lineterminator="\n").writerows(table)
         with open(temporary, "wb") as file:
-            text = json.dumps(meta | {"arrays": sorted(arrays)}).encode()
-            np.savez(file, meta=np.frombuffer(text, np.uint8), **arrays)
+            np.savez(file, meta=np.frombuffer(json.dumps(meta).encode(), np.uint8), **arrays)
             file.flush()
             os.fsync(file.fileno())
-        if path.exists():
-            os.replace(path, previous)
-        os.replace(temporary, path)
+        os.replace(temporary, folder / "checkpoint.npz")
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        fail(f"cannot write {path} ({error.strerror}); the checkpoint before it is whole", code=4)
+        raise SystemExit(f"{folder}: {error.strerror}; the checkpoint before is whole") from None
 
 
-def load_checkpoint(path):
-    """(arrays, meta, path read) of a checkpoint or a run folder. Every byte is checked (the zip's
-    CRC-32); for a damaged or missing file the one before is taken, with a warning."""
-    path = Path(path) / "checkpoint.npz" if Path(path).is_dir() else Path(path)
-    warnings = []
-    for candidate in (path, path.with_suffix(".previous.npz")):
-        try:
-            with np.load(candidate, allow_pickle=False) as file:
-                if file.zip.testzip():  # NumPy reads, and checks, only as far as a header says
-                    raise ValueError("wrong checksum")
-                arrays = {name: file[name] for name in file.files}
-            meta = json.loads(arrays.pop("meta").tobytes())
-            if meta["arrays"] != sorted(arrays):
-                raise ValueError("arrays are missing")
-        except Exception as error:  # a damaged file fails in many ways
-            warnings.append(f"warning: {candidate}: {type(error).__name__}: {error}")
-        else:
-            for warning in warnings:
-                print(warning, file=sys.stderr)
-            return arrays, meta, candidate
-    return fail(f"{path}: no readable checkpoint")
-
-
-def load_own_checkpoint(path, others=()):
-    """load_checkpoint, refusing one of a script that is neither this one nor among `others`."""
-    arrays, meta, found = load_checkpoint(path)
-    if meta.get("script") not in (Path(__file__).stem, *others):
-        fail(f"{found}: a checkpoint of {meta.get('script')}.py, not of {Path(__file__).name}")
-    return arrays, meta, found
-
-
-def save_run(run):
-    """One checkpoint of all that the run needs to go on, bit for bit on a CPU."""
-    arrays = named_arrays(to_host(run.shards), "state")
-    arrays |= named_arrays(dataclasses.asdict(run.transform), "transform")
-    if run.buffers is not None:
-        buffers = to_host(run.buffers)
-        rows = jax.tree.map(lambda x: x[:, : buffers.size.max()], buffers.rows)
-        arrays |= named_arrays(buffers.replace(rows=rows), "buffer")
-    if run.rollout is not None:
-        arrays["rollout/actions"] = run.rollout.actions
-        arrays["rollout/episodes"] = run.rollout.episodes
-        for i, played in enumerate(run.rollout.played):
-            arrays[f"rollout/played/{i}"] = np.array(played, np.float32)
-    meta = {"script": Path(__file__).stem, "config": dataclasses.asdict(run.config),
-            "spec": run.spec, "pretrain": run.pretrain, "offline": run.offline,
-            "online": run.online, "log_size": run.log_size}
-    save_checkpoint(run.folder / "checkpoint.npz", arrays, meta)
-
-
-def restore_agent(run, source):
-    """Put agent and transform of a checkpoint into `run`; returns the checkpoint."""
-    arrays, meta, found = load_own_checkpoint(source, INIT_FROM)
-    state = restore(to_host(run.shards), arrays, "state", found)
-    run.shards = to_devices(state, run.devices)
-    names = [field.name for field in dataclasses.fields(Transform)]
-    run.transform = Transform(**{name: arrays[f"transform/{name}"] for name in names})
-    return arrays, meta, found
-
-
-def resume_run(run):
-    """Go on where the checkpoint in the run's folder left off; returns it."""
-    arrays, meta, found = restore_agent(run, run.folder)
-    for name in ("pretrain", "offline", "online", "log_size"):
-        setattr(run, name, meta[name])
-    os.replace(found, run.folder / "checkpoint.npz")  # were it the one before: the last is damaged
-    return arrays, found
-
-
-# ---------------------------------------------------------------------- Command line, run folder
-
-
-def locate(config):
-    """No dataset, the environment's specification (JSON), and the preset that `auto` stands for."""
-    spec = shifted(environment_spec(None, config.env_id), config.shift)
-    env = make_env(spec)
-    check_spaces(env.observation_space, env.action_space, config.env_id)
-    return None, spec, "mujoco"
-
-
-def check_config(config):
-    """Refuse numbers out of range before anything is built."""
-    for name, (low, high) in RANGES.items():
-        value = getattr(config, name)
-        if value is not None and not low <= value <= high:
-            fail(f"--{name.replace('_', '-')} {value}: must be in [{low}, {high}]")
-    for name, values in dataclasses.asdict(config).items():
-        if isinstance(values, tuple) and not all(1 <= width <= 10**5 for width in values):
-            fail(f"--{name.replace('_', '-')} {values}: must be in [1, 100000]")
-    if config.preset != "auto" and config.eval_interval % config.log_interval:
-        fail(f"--eval-interval must be a multiple of --log-interval {config.log_interval}")
-
-
-def check_resumed(config, recorded):
-    """Refuse to go on with a run under settings that are not its own."""
-    check_config(config)
-    free = {"resume", "run_dir", "online_steps", "eval_episodes", "video", "wandb"}
-    free |= {"save_dataset", "dataset_steps", "dataset_policy"}
-    names = [field.name for field in dataclasses.fields(Config) if field.name not in free]
-    changed = [name for name in names if getattr(config, name) != getattr(recorded, name)]
-    if changed:
-        fail(f"--resume {config.resume}: that run has another {', '.join(changed)}")
-
-
-def config_from(text):
-    """A Config from its JSON form."""
+def load(folder):
+    """The arrays and the meta of a run's checkpoint; the zip's checksums are checked."""
     try:
-        values = json.loads(text)
-    except ValueError as error:
-        fail(f"not the configuration of another script or version, but damaged: {error}")
-    unknown = set(values) ^ {field.name for field in dataclasses.fields(Config)}
-    if unknown:
-        fail(f"configuration of another script or version: {', '.join(sorted(unknown))}")
-    return Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        arrays = dict(np.load(Path(folder, "checkpoint.npz")))
+        return arrays, json.loads(arrays.pop("meta").tobytes())
+    except Exception as error:  # missing, or damaged in one of many ways
+        raise SystemExit(f"{folder}/checkpoint.npz: unreadable ({error})") from None
+
+
+def restore(template, arrays, folder):
+    """A tree like `template` from a checkpoint's arrays. Fields it has not stay as they are."""
+    own, fields = named_arrays(**template), {name.split("/")[1] for name in arrays}
+    arrays = {name: x for name, x in arrays.items() if name.split("/")[0] in template}
+    arrays |= {name: x for name, x in own.items() if name.split("/")[1] not in fields}
+    if {name: x.shape for name, x in arrays.items()} != {name: x.shape for name, x in own.items()}:
+        raise SystemExit(f"{folder}: an agent with other networks, or of other sizes")
+    return jax.device_put(jax.tree.structure(template).unflatten([arrays[name] for name in own]))
 
 
 def parse_config(arguments):
-    """Command line -> (Config, dataset path, environment specification).
-
-    What counts, weakest first: defaults, preset, data, number and transform of the agents to start
-    from, the record of the run to resume, flags. A resumed run may only change what is not of its
-    past.
-    """
+    """Command line -> Config (flags before preset before defaults), Minari dataset (or None) and
+    environment: --env-id's, else the dataset's for evaluation, which is trained in, too."""
     parse = partial(tyro.cli, Config, args=arguments, description=__doc__)
-    config = parse()
-    if config.eval_only:
-        _, meta, _ = load_own_checkpoint(config.eval_only)
-        default = config_from(json.dumps(meta.get("config", {})))
-        config = parse(default=dataclasses.replace(default, eval_only=config.eval_only))
-        check_config(config)
-        return config, None, meta["spec"]
-    recorded = Path(config.resume or "", "config.json")
-    if config.resume and recorded.is_file():
-        default = config_from(recorded.read_text())
-        config = parse(default=default)
-        if config.preset == "auto":
-            config = dataclasses.replace(config, preset=default.preset)
-        check_resumed(config, default)
-        return config, *locate(config)[:2]
-    check_config(dataclasses.replace(config, preset="auto"))  # the preset is still to come
-    its, data = {}, {}
-    if config.init_from:
-        _, meta, found = load_own_checkpoint(config.init_from, INIT_FROM)
-        names = ("num_seeds", "normalize_observations", "normalize_returns", "reward_scale",
-                 "reward_shift")
-        its = {name: meta["config"].get(name, False) for name in names if hasattr(config, name)}
-        if getattr(config, "dataset", "") is None:  # without a flag it is what they learned from
-            data = {"dataset": meta["config"].get("dataset"),
-                    "env_id": config.env_id or meta["config"].get("env_id")}
-            config = dataclasses.replace(config, **data)
-    path, spec, auto = locate(config)
-    preset = auto if config.preset == "auto" else config.preset
+    config, data = parse(), None
+    at = Path(__file__).resolve().parents[1] / "baselines/datasets" / config.dataset / "data"
+    try:
+        if config.dataset:
+            data = minari.MinariDataset(at) if at.exists() else minari.load_dataset(config.dataset)
+        env = gym.make(config.env_id) if config.env_id else data.recover_environment(eval_env=True)
+        if (env.action_space.low != -env.action_space.high).any():
+            raise ValueError("the box of its actions is not symmetric")
+    except Exception as error:  # not here, not installed, damaged
+        words = f"--dataset {config.dataset} --env-id {config.env_id}: {error}"
+        raise SystemExit(f"{words} (`minari download ID`, or baselines/collect.py)") from None
+    auto = [name for name in PRESETS if name in f"{config.dataset} {env.spec.id}".lower()]
+    preset = [*auto, "mujoco"][0] if config.preset == "auto" else config.preset
     if preset not in PRESETS:
-        fail(f"--preset {preset}: must be auto or one of {', '.join(PRESETS)}")
-    default = dataclasses.replace(Config(), **PRESETS[preset] | its | data)
-    config = dataclasses.replace(parse(default=default), preset=preset)
-    check_config(config)
-    for name, needed in its.items():
-        if getattr(config, name) != needed:
-            flag = "--" + name.replace("_", "-")
-            fail(f"--init-from {found}: was made with {flag} {needed}, not {getattr(config, name)}")
-    return config, path, spec
-
-
-def write_json(path, value):
-    """Write JSON so that a kill leaves the old file or the new one. May raise OSError."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        with open(temporary, "w") as file:
-            file.write(json.dumps(value, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def open_folder(config, dataset):
-    """Make and lock the run's folder, with config.json and versions.json (an entry per start);
-    refuse one that is in use. Returns (folder, lock): the lock holds until the process ends."""
-    script = Path(__file__)
-    name = f"seed{config.seed}-{time.strftime('%Y%m%d-%H%M%S')}"
-    data = Path(config.dataset or "default").with_suffix("") if dataset else Path(config.env_id)
-    data = data.name if data.is_absolute() or ".." in data.parts else data
-    folder = Path(config.resume or config.run_dir or Path("runs", script.stem, data, name))
-    if (folder / "config.json").exists() and not config.resume:
-        fail(f"--run-dir {folder}: holds a run already; go on with it by --resume {folder}")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / "lock", "w")  # noqa: SIM115, it stays open
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        starts = folder / "versions.json"
-        earlier = json.loads(starts.read_text()) if starts.exists() else []
-        write_json(starts, [*earlier, versions(script, dataset, config.init_from)])
-        write_json(folder / "config.json", dataclasses.asdict(config))
-    except BlockingIOError:
-        fail(f"{folder}: another process is at work in it")
-    except ValueError as error:
-        fail(f"{folder / 'versions.json'}: damaged: {error}")
-    except OSError as error:
-        fail(f"--run-dir {folder}: cannot be written ({error.strerror})")
-    return folder, lock
-
-
-def versions(script, dataset, init_from=None):
-    """What makes a run: command, code, data, packages, machine."""
-
-    def git(*words):
-        command = ["git", "-C", str(script.resolve().parent), *words]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=True)
-            return done.stdout.strip()
-        except (OSError, subprocess.CalledProcessError):  # no git, or no repository
-            return None
-
-    def sha256(file):
-        return hashlib.sha256(file.read_bytes()).hexdigest()
-
-    data = dataset / "main_data.hdf5" if dataset and dataset.is_dir() else dataset
-    agent = init_from and Path(init_from)
-    agent = agent / "checkpoint.npz" if agent and agent.is_dir() else agent
-    found = importlib.metadata.distributions()
-    packages = {d.metadata["Name"].lower(): d.version for d in found if d.metadata["Name"]}
-    settings = {k: v for k, v in os.environ.items() if k.startswith(("JAX_", "XLA_", "OMP_"))}
-    return {
-        "command": sys.argv, "script": script.name, "script_sha256": sha256(script),
-        "git_commit": git("rev-parse", "HEAD"),
-        "git_status": git("status", "--porcelain", "--", script.name),  # not empty: changed since
-        "dataset": str(dataset), "dataset_sha256": sha256(data) if data else None,
-        "python": platform.python_version(), "machine": platform.platform(),
-        "cores": available_cores(), "device": jax.devices()[0].device_kind,
-        "init_from_sha256": sha256(agent) if agent and agent.is_file() else None,
-        "environment_variables": settings, "packages": packages,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }
-
-
-# ----------------------------------------------------------------------------- Metrics and signals
-
-
-COLUMNS = ["phase", "step", "seed", *METRICS, "episode_return", "episode_length", "return",
-           "length", "score", "updates_per_second", "seconds"]
-
-
-def open_log(run):
-    """metrics.csv, cut where the checkpoint was made, or new; progress bar; wandb."""
-    path = run.folder / "metrics.csv"
-    if not run.log_size:
-        path.write_text(",".join(COLUMNS) + "\n")
-    elif not path.is_file() or path.stat().st_size < run.log_size:
-        fail(f"{path}: shorter than when the checkpoint was made")
-    else:
-        os.truncate(path, run.log_size)
-    offline = 0 if run.config.init_from else getattr(run.config, "offline_steps", 0)
-    total = offline + run.config.online_steps
-    run.bar = tqdm(total=total, initial=run.offline + run.online, disable=None, smoothing=0.05)
-    if run.config.wandb:
-        try:
-            import wandb
-
-            name = hashlib.sha256(str(run.folder.resolve()).encode()).hexdigest()[:12]
-            run.wandb = wandb.init(project="offline-to-online", dir=run.folder, id=name,
-                                   resume="allow", config=dataclasses.asdict(run.config))
-        except Exception as error:  # whatever it is, training goes on without
-            print(f"warning: wandb is off: {type(error).__name__}: {error}", file=sys.stderr)
-
-
-def check_finite(run, phase, values):
-    """End the run where a metric or a parameter is not finite, before it is evaluated or saved."""
-    arrays = values | named_arrays(to_host(run.shards), "state")
-    bad = [name for name, array in arrays.items() if not np.isfinite(array).all()]
-    bad = [name for name in bad if name in METRICS or "/" in name]
-    if bad:
-        write_record(run, f"not finite: {', '.join(bad[:3])}")
-        fail(f"{phase} step {getattr(run, phase)}: not finite: {', '.join(bad[:3])}; the "
-             f"checkpoint in {run.folder} is from before", code=3)
-
-
-def write_log(run, phase, values):
-    """One row of metrics.csv per seed; `values` are (S,) arrays by column."""
-    step = getattr(run, phase)
-    try:
-        with open(run.folder / "metrics.csv", "a", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            for i in range(run.config.num_seeds):
-                row = {k: f"{v[i]:.6g}" for k, v in values.items() if np.isfinite(v[i])}
-                writer.writerow({"phase": phase, "step": step, "seed": run.config.seed + i} | row)
-    except OSError as error:
-        fail(f"cannot write metrics.csv ({error.strerror})", code=4)
-    run.log_size = (run.folder / "metrics.csv").stat().st_size
-    means = {name: float(np.mean(value)) for name, value in values.items()}
-    run.bar.set_description(phase, refresh=False)
-    if "updates_per_second" in means:
-        run.shown |= {"updates/s": f"{means['updates_per_second']:.0f}"}
-    if "return" in means:
-        score = f"  score {means['score']:6.1f}" if np.isfinite(means["score"]) else ""
-        tqdm.write(f"{phase:7} {step:>9,}  return {means['return']:8.1f}{score}  "
-                   f"episode length {means['length']:6.1f}")
-        run.shown |= {"return": f"{means['return']:.0f}"}
-    run.bar.set_postfix(run.shown, refresh=False)
-    if run.wandb is not None:
-        try:
-            logged = {f"{phase}/{name}": mean for name, mean in means.items()}
-            run.wandb.log(logged | {f"{phase}/step": step})
-        except Exception as error:  # whatever it is, training goes on without
-            print(f"warning: wandb is off: {type(error).__name__}: {error}", file=sys.stderr)
-            run.wandb = None
-
-
-def write_record(run, ended):
-    """record.json: what was run, on what, how it ended, and every row with an evaluation."""
-    with open(run.folder / "metrics.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    evaluations = [row for row in rows if row["return"]]
-    seconds = {phase: sum(float(row["seconds"] or 0) for row in rows if row["phase"] == phase)
-               / run.config.num_seeds for phase in ("pretrain", "offline", "online")}
-    starts = json.loads((run.folder / "versions.json").read_text())
-    state = hashlib.sha256()
-    for array in jax.tree.leaves(to_host(run.shards)):
-        state.update(array.tobytes())
-    dataset, (random, expert, source) = run.datasets[0], reference_returns(run.spec)
-
-    def value(name, text):
-        return text if name == "phase" else float(text) if text else None
-
-    made = ("started", "git_commit", "script_sha256")
-    record = {
-        "ended": ended,  # "finished", a signal's name, or what was not finite
-        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "pretrain": run.pretrain, "offline": run.offline, "online": run.online,
-        "resumes": len(starts) - 1,
-        "seconds": seconds,  # of training, by phase
-        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-        "state_sha256": state.hexdigest(),  # of all that training changes in the agents
-        "dataset_rows": None if dataset is None else dataset.rewards.shape[0],
-        "reference": {"random": random, "expert": expert, "source": source}
-        if np.isfinite(expert) else {"source": source},
-        "config": dataclasses.asdict(run.config),
-        "environment": json.loads(run.spec),
-        "starts": [{name: start[name] for name in made} for start in starts],
-        "versions": starts[-1],
-        "curve": {name: [value(name, row[name]) for row in evaluations] for name in COLUMNS},
-    }
-    try:
-        write_json(run.folder / "record.json", record)
-    except OSError as error:
-        fail(f"cannot write record.json ({error.strerror})", code=4)
-
-
-def catch_signals():
-    """SIGTERM, SIGUSR1 and Ctrl-C are noted, and answered after the current chunk: save, exit
-    with 128 + the signal's number. A second one kills at once."""
-    received, numbers = [], (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-
-    def handler(number, frame):
-        received.append(number)
-        for each in numbers:
-            signal.signal(each, signal.SIG_DFL)
-
-    for each in numbers:
-        signal.signal(each, handler)
-    return received
-
-
-def summarize(run):
-    """curve.png, and in words every seed's values at the ends of the phases, and the dip."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    with open(run.folder / "metrics.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["return"]]
-    column = "score" if rows and rows[0]["score"] else "return"
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    begins = {"pretrain": 0, "offline": run.pretrain, "online": run.pretrain + run.offline}
-    for begin in begins.values():
-        axes.axvline(begin, color="black", ls=":", lw=1)
-    for seed in dict.fromkeys(row["seed"] for row in rows):
-        mine = [row for row in rows if row["seed"] == seed]
-        steps = [int(row["step"]) + begins[row["phase"]] for row in mine]
-        axes.plot(steps, [float(row[column]) for row in mine], label=f"seed {seed}")
-        last = {row["phase"]: f"{row['phase']} {float(row[column]):.1f}" for row in mine}
-        online = [float(row[column]) for row in mine if row["phase"] == "online"]
-        lowest = f", lowest online {min(online):.1f}" if online else ""
-        later = online[any(row["phase"] == "online" and row["step"] == "0" for row in mine) :]
-        if later and column == "score":  # Cal-QL's: how much was missed while fine-tuning
-            lowest += f", regret {np.mean([1 - score / 100 for score in later]):.2f}"
-        print(f"seed {seed:4} {column}: {', then '.join(last.values())}{lowest}")
-    axes.set(xlabel="updates offline | environment steps online", ylabel=column,
-             title=str(run.folder))
-    if rows:
-        axes.legend(frameon=False)
-    figure.savefig(run.folder / "curve.png", dpi=150)
-    pyplot.close(figure)
-    print(f"curve     {run.folder / 'curve.png'}")
-
-
-def film(run, path):
-    """video.mp4: one episode of the first seed's deterministic policy."""
-    try:
-        import imageio.v2
-
-        if not os.environ.get("DISPLAY"):
-            os.environ.setdefault("MUJOCO_GL", "egl")
-        env = make_env(run.spec, render_mode="rgb_array")
-        observation, _ = env.reset(seed=episode_seed(2, run.config.seed, 0))
-        seeds, ended = run.config.num_seeds // len(run.devices), False
-        with imageio.v2.get_writer(path, fps=env.metadata.get("render_fps", 30)) as film:
-            film.append_data(env.render())
-            while not ended:
-                x = np.tile(run.transform.observations(observation), (seeds, 1, 1))  # (S / D, 1, O)
-                action = np.asarray(act_deterministically(run.shards[0], x))[0, 0]  # (A,)
-                action = run.transform.environment_actions(action)
-                observation, _, terminated, truncated, _ = env.step(action)
-                film.append_data(env.render())
-                ended = terminated or truncated
-        print(f"film      {path}")
-    except Exception as error:  # no display driver, no encoder: the run itself is not to blame
-        print(f"warning: no film: {' '.join(str(error).split())}; without a screen MuJoCo needs "
-              "Debian's libegl1 (or MUJOCO_GL=osmesa and libosmesa6)", file=sys.stderr)
-
-
-# ---------------------------------------------------------------------------------------- The run
-
-
-@dataclasses.dataclass
-class Run:
-    """One run: what it is made of, how far it is, and what is shown of it."""
-
-    config: Config
-    spec: str  # the environment's, JSON
-    folder: Path
-    devices: list
-    transform: Transform
-    shards: list  # AgentState per device
-    eval_envs: list
-    datasets: list  # Batch per device, or None
-    pretrain: int = 0  # steps or updates done before the offline phase, where a script has them
-    offline: int = 0  # updates done
-    online: int = 0  # environment steps done, per seed
-    log_size: int = 0  # bytes of metrics.csv
-    lock: Any = None
-    buffers: Any = None  # ReplayBuffer per device, once online
-    rollout: Any = None  # Rollout, once online
-    bar: Any = None
-    wandb: Any = None
-    shown: dict = dataclasses.field(default_factory=dict)
-
-
-def create_shards(config, observation_dim, action_dim, devices):
-    """Fresh agents, each from its own seed's key, spread over the devices."""
-    keys = jnp.stack([jax.random.PRNGKey(config.seed + i) for i in range(config.num_seeds)])
-    sizes = {"observation_dim": observation_dim, "action_dim": action_dim}
-    create = partial(create_agent_state, config=config, **sizes)
-    return to_devices(jax.jit(partial(for_each_seed, create))(keys), devices)
-
-
-def finished_episodes(run):
-    """Mean return and length, (S,), of the training episodes that ended since the last log."""
-    values = {}
-    for column, name in ((1, "episode_return"), (2, "episode_length")):
-        values[name] = np.full(run.config.num_seeds, np.nan)
-        for i in {episode[0] for episode in run.rollout.finished}:
-            values[name][i] = np.mean([e[column] for e in run.rollout.finished if e[0] == i])
-    run.rollout.finished.clear()
-    return values
-
-
-def train(run, phase, chunk, num_steps, received, unit=1):
-    """Chunk by chunk, each a multiple of `unit` steps, up to `num_steps` (or the first multiple
-    above): log, evaluate, save, and answer a signal. Where the number of updates does not follow
-    from that of the steps, `chunk` gives it as "updates"."""
-    config, per_step = run.config, 1 if phase == "offline" else run.config.utd_ratio
-    while getattr(run, phase) < num_steps:
-        begin, done = time.time(), getattr(run, phase)
-        size = min(config.log_interval - done % config.log_interval, num_steps - done)
-        size += -size % unit
-        values = chunk(run, size)
-        done += size
-        setattr(run, phase, done)
-        seconds = time.time() - begin
-        learnt = phase == "offline" or "actor_loss" in values  # not while warming up
-        updates = values.pop("updates", size * per_step * config.num_seeds * learnt)
-        check_finite(run, phase, values)
-        values |= {"updates_per_second": np.full(config.num_seeds, updates / seconds),
-                   "seconds": np.full(config.num_seeds, seconds)}
-        passed = done // config.eval_interval > (done - size) // config.eval_interval
-        evaluated = passed or done >= num_steps
-        if evaluated:
-            values |= evaluation_values(run)
-        write_log(run, phase, values)
-        run.bar.update(size)
-        leaving = bool(received)  # read once: a signal may come while we save
-        if evaluated or leaving:
-            save_run(run)
-        if leaving:
-            run.bar.close()
-            name = signal.Signals(received[0]).name
-            write_record(run, name)
-            print(f"{name}: saved; go on with --resume {run.folder}", file=sys.stderr)
-            raise SystemExit(128 + received[0])
-
-
-def evaluate_checkpoint(config, spec):
-    """--eval-only: the score of a saved agent, and on demand a film of it."""
-    arrays, _, found = load_checkpoint(config.eval_only)
-    sizes = len(arrays["transform/observation_mean"]), len(arrays["transform/action_center"])
-    devices = seed_devices(config.num_seeds)
-    envs = [make_env(spec) for _ in range(config.num_seeds * config.eval_episodes)]
-    shards = create_shards(config, *sizes, devices)
-    run = Run(config, spec, found.parent, devices, None, shards, envs, None)
-    restore_agent(run, found)
-    values = evaluation_values(run)
-    for i in range(config.num_seeds):
-        row = ", ".join(f"{name} {value[i]:.1f}" for name, value in values.items())
-        print(f"seed {config.seed + i}: {row}")
-    if config.video:
-        film(run, found.parent / "video.mp4")
-
-
-# ---------------------------------------------------------------------------------------- Dataset
-
-
-# -------------------------------------------------------------------------------------------- main
+        raise SystemExit(f"--preset {preset}: must be auto or one of {', '.join(PRESETS)}")
+    config = parse(default=dataclasses.replace(Config(), **PRESETS[preset]))
+    return dataclasses.replace(config, preset=preset), data, env
 
 
 def main(arguments=None):
-    gym.logger.min_level = gym.logger.ERROR  # no warnings that a -v4 environment is not the newest
-    config, _, spec = parse_config(arguments)
-    use_all_cores(config.num_seeds)
-    if config.eval_only:
-        evaluate_checkpoint(config, spec)
-        return
-    check_rollouts(config)
-    received = catch_signals()
-    eval_envs = [make_env(spec) for _ in range(config.num_seeds * config.eval_episodes)]
-    (folder, lock), devices = open_folder(config, None), seed_devices(config.num_seeds)
-    box = eval_envs[0].action_space
-    sizes = eval_envs[0].observation_space.shape[0], box.shape[0]
-    transform = Transform(
-        np.zeros(sizes[0]), np.ones(sizes[0]), (box.high + box.low) / 2, (box.high - box.low) / 2,
-        np.array(config.reward_scale), np.array(config.reward_shift),
-    )
-    shards = create_shards(config, *sizes, devices)
-    datasets = [None] * len(devices)
-    run = Run(config, spec, folder, devices, transform, shards, eval_envs, datasets, lock=lock)
-    if any(folder.glob("checkpoint*.npz")):
-        saved, _ = resume_run(run)
-        if "rollout/actions" in saved:
-            start_on_policy(run, saved)
+    gym.logger.min_level = gym.logger.ERROR  # no advice that a -v4 environment is not the newest
+    config, data, env = parse_config(arguments)
+    dataset, source = load_dataset(config, data, env)
+    source = shifted(source, config)
+    script, seeds = Path(__file__).stem, range(config.seed, config.seed + config.num_seeds)
+    default = f"runs/{script}/{config.dataset or config.env_id}/seed{config.seed}"
+    folder = Path(config.run_dir or default)
+    said = {"script": script, **dataclasses.asdict(config), **source, "run_dir": "", "wandb": False}
+    said = json.loads(json.dumps(said))
+    inputs = {"observation": dataset.observations[:1], "action": dataset.actions[:1]}
+    create = partial(for_each_seed, partial(create_agent, config=config, **inputs))
+    agents = jax.jit(create)(jnp.stack([jax.random.PRNGKey(seed) for seed in seeds]))
+    shape = config.num_seeds, max(1, min(config.buffer_size, config.online_steps))
+    buffers = jax.tree.map(lambda x: jnp.zeros((*shape, *x.shape[1:]), np.float32), dataset)
+    state = {"agents": agents, "buffers": buffers}
+    done, rows = 0, []  # rounds, and rows of metrics.csv
+    if (folder / "checkpoint.npz").exists():
+        arrays, meta = load(folder)
+        its, done, rows = meta["config"], meta["done"], meta["rows"]
+        if other := [name for name in said | its if said.get(name) != its.get(name)]:
+            raise SystemExit(f"{folder}: a run with another {', '.join(other)}; choose a --run-dir")
+        state = restore(state, arrays, folder)
     elif config.init_from:
-        restore_agent(run, config.init_from)
-        run.shards = list(map(fresh_optimisers, run.shards, shards))
-    print(f"env       {json.loads(spec)['id']}; score: {reference_returns(spec)[2]}")
-    print(f"run       {folder}", flush=True)
-    open_log(run)
-    if run.rollout is None:
-        start_on_policy(run)
-        write_log(run, "online", evaluation_values(run))
-    train(run, "online", on_policy_chunk, config.online_steps, received, config.rollout_steps)
-    run.bar.close()
-    write_record(run, "finished")
-    summarize(run)
-    if config.video:
-        film(run, folder / "video.mp4")
+        arrays, meta = load(config.init_from)
+        if meta["config"]["script"] not in INIT_FROM or meta["config"]["units"] != said["units"]:
+            raise SystemExit(f"--init-from {config.init_from}: of another script, or other units")
+        arrays["agents/key"] = np.asarray(agents.key)
+        state |= restore({"agents": agents}, arrays, config.init_from)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(said, indent=1))
+    if config.wandb:
+        import wandb
+
+        name = "-".join(folder.resolve().parts[1:])[-100:]
+        wandb.init(project="offline-to-online", id=name, resume="allow", config=said)
+    skip = -1 if config.init_from else 0  # then the first round has no steps: the score before
+    rounds = [
+        (phase, train, max(first, 0), min(first + config.interval, steps))
+        for phase, steps, train in [*phases(config)][skip:]
+        for first in range(skip * config.interval, steps, config.interval)
+    ]
+    sizes = [last - first for *_, first, last in rounds]
+    bar = tqdm(total=sum(sizes), initial=sum(sizes[:done]), smoothing=0.05, disable=None)
+    make = partial(gym.vector.SyncVectorEnv, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    eval_envs = make([partial(make_env, source)] * config.num_seeds * config.eval_episodes)
+    run = config, jax.device_put(dataset), make([partial(make_env, source)] * config.num_seeds), bar
+    for phase, train, first, last in rounds[done:]:
+        begin = time.time()
+        state["agents"], state["buffers"], info = train(*state.values(), run, first, last)
+        seconds, arrays = time.time() - begin, named_arrays(**state)
+        speed = info.pop("updates") * config.num_seeds / seconds
+        if bad := [name for name, x in (info | arrays).items() if not np.isfinite(x).all()]:
+            raise SystemExit(f"{phase} step {last}: {', '.join(bad[:3])} not finite; not saved")
+        info |= evaluate(state["agents"], eval_envs, source, config)
+        for i, seed in enumerate(seeds):
+            values = {name: f"{x[i]:.6g}" for name, x in info.items() if np.isfinite(x[i])}
+            row = {"phase": phase, "step": last, "seed": seed, "seconds": f"{seconds:.3f}"}
+            rows.append(row | {"updates_per_second": f"{speed:.1f}"} | values)
+        done += 1
+        save(folder, arrays, {"config": said, "done": done, "rows": rows})
+        means = {name: float(np.mean(x)) for name, x in info.items() if np.isfinite(x).all()}
+        shown = "  ".join(f"{name} {x:.1f}" for name, x in means.items() if name in "return score")
+        tqdm.write(f"{phase:8} {last:>9,}  {shown}")
+        if config.wandb:
+            wandb.log({f"{phase}/{name}": x for name, x in means.items()} | {"step": last})
 
 
 if __name__ == "__main__":

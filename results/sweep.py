@@ -6,10 +6,10 @@
     python results/sweep.py --list                           # the trials, numbered
     python results/sweep.py --trial 3                        # one of them, without Ray: SLURM array
 
-A trial is one process of one script in its own run folder. One that dies (kill -9, a lost node,
-out of memory) goes on from its checkpoint, to the same bits on a CPU; a finished one is never run
-again. Ctrl-C saves all of them; the same command goes on. On a CPU every process has a core of its
-own: two of them do more updates than one over both cores, and do not disturb each other.
+A trial is one process of one script in its own run folder. One that dies (kill -9, a lost node, out
+of memory) is started again with the same command and goes on from its last round; a finished one is
+never run again. Ctrl-C loses less than a round of each: the same command goes on. When a run has
+finished, its record is written from outside: what was run, on what, how fast, and every evaluation.
 """
 
 import argparse
@@ -18,10 +18,15 @@ import csv
 import ctypes
 import dataclasses
 import fcntl
+import hashlib
+import importlib.metadata
 import json
 import os
-import shutil
+import platform
+import re
+import shlex
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,29 +34,32 @@ import time
 import tomllib
 from pathlib import Path
 
-from rich.console import Console
-from rich.live import Live
-from rich.table import Table
+import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-OFFLINE = ("offline_steps", "cloning_steps", "critic_steps", "dynamics_steps", "improvement_steps")
 RETRIES = 20  # of a trial that dies; a loop of deaths ends some time
+KEYS = {"name", "script", "datasets", "seeds", "after", "both", "cpu", "gpu"}  # of an entry
 
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """One process: `name` is entry/dataset/seeds, its run folder and record are called so."""
+    """One process. Its run folder and its record are called `name`, which is entry/dataset/seeds;
+    in its arguments {after} stands for the folder of the trial that must have finished before."""
 
     name: str
-    command: list  # script and arguments
-    after: str | None = None  # name of the trial that must have ended before
+    script: str
+    arguments: tuple[str, ...]
+    after: str = ""
+
+    def command(self, after):
+        """The words after `python`."""
+        return [self.script, *(word.replace("{after}", after) for word in self.arguments)]
 
 
-class Died(Exception):
-    """The script's process was killed."""
+# ------------------------------------------------------------------------------------------ Matrix
 
 
-def read_matrix(path, profile, data, runs):
+def read_matrix(path, profile):
     """The trials of a profile, all first seeds first. Exits on an entry it cannot understand."""
     try:
         matrix = tomllib.loads(path.read_text())
@@ -59,44 +67,49 @@ def read_matrix(path, profile, data, runs):
         sys.exit(f"{path}: {error}")
     trials = []
     for entry in matrix["trials"]:
-        unknown = set(entry) - {"name", "script", "datasets", "seeds", "cpu", "gpu", "after"}
-        if unknown or not {"script", "datasets", "seeds"} <= set(entry):
+        if set(entry) - KEYS or not {"script", "datasets", "seeds"} <= set(entry):
             sys.exit(f"{path}: an entry has {', '.join(sorted(entry))}; see the top of the file")
         if profile not in entry:
             continue
         if not (ROOT / entry["script"]).is_file():
             sys.exit(f"{path}: no script {entry['script']}")
-        name = entry.get("name", Path(entry["script"]).stem)
-        seeds = [f"seed{seed}" for seed in range(entry["seeds"])]
-        if profile == "gpu" and entry["seeds"] > 1:
-            seeds = [f"seeds0-{entry['seeds'] - 1}"]
         for dataset in entry["datasets"]:
             if dataset not in matrix["datasets"]:
-                sys.exit(f"{path}: entry {name}: no [datasets] {dataset}")
-            for i, seed in enumerate(seeds):
-                after = f"{entry['after']}/{dataset}/{seed}" if "after" in entry else None
-                many = ["--num-seeds", str(entry["seeds"])] if seed.startswith("seeds") else []
-                arguments = [*matrix["datasets"][dataset], *entry[profile], "--seed", str(i), *many]
-                words = {"data": data, "after": runs / after if after else ""}
-                command = [str(ROOT / entry["script"]), *(a.format(**words) for a in arguments)]
-                command += ["--resume", str(runs / name / dataset / seed)]
-                trials.append((i, Trial(f"{name}/{dataset}/{seed}", command, after)))
+                sys.exit(f"{path}: {entry['script']}: no [datasets] {dataset}")
+            words = f"{matrix['datasets'][dataset]} {entry.get('both', '')} {entry[profile]}"
+            trials += trials_of(entry, dataset, shlex.split(words), profile)
     trials = [trial for _, trial in sorted(trials, key=lambda pair: pair[0])]
     names = [trial.name for trial in trials]
-    for trial in trials:
-        if names.count(trial.name) > 1:
+    for i, trial in enumerate(trials):
+        if trial.name in names[:i]:
             sys.exit(f"{path}: two trials of name {trial.name}")
-        if trial.after and trial.after not in names[: names.index(trial.name)]:
+        if trial.after and trial.after not in names[:i]:
             sys.exit(f"{path}: {trial.name}: nothing of name {trial.after} above it")
     return trials
+
+
+def trials_of(entry, dataset, words, profile):
+    """[(first seed, trial)] of an entry on a dataset: on GPUs one with all seeds."""
+    name = entry.get("name", Path(entry["script"]).stem)
+    groups = [(f"seed{seed}", seed, 1) for seed in range(entry["seeds"])]
+    if profile == "gpu" and entry["seeds"] > 1:
+        groups = [(f"seeds0-{entry['seeds'] - 1}", 0, entry["seeds"])]
+    found = []
+    for group, first, count in groups:
+        arguments = (*words, "--seed", str(first), "--num-seeds", str(count))
+        after = f"{entry['after']}/{dataset}/{group}" if "after" in entry else ""
+        found.append((first, Trial(f"{name}/{dataset}/{group}", entry["script"], arguments, after)))
+    return found
+
+
+# ----------------------------------------------------------------------------------------- One run
 
 
 @contextlib.contextmanager
 def own_core():
     """{a core of this machine that no other trial has}; all cores where none is free, None where
-    the system binds no process. With two trials loose on two cores, XLA starts two threads in each,
-    which take turns: measured, 0.6 to 0.7 of the updates per second; and they round otherwise than
-    one (the last digit of a mean), so that a trial moved there would not go on to the same bits."""
+    the system binds no process. Two trials loose on two cores take turns in each other's threads:
+    measured, 0.6 to 0.7 of the updates per second; and two threads round otherwise than one."""
     if not hasattr(os, "sched_getaffinity"):
         yield None
         return
@@ -112,161 +125,247 @@ def own_core():
         yield cores
 
 
-def run_script(command, folder, gpu):
-    """Run one trial to its end, on the GPU or on one core; a KeyboardInterrupt lets it save.
-
-    Returns (exit code, last line of its log). Raises Died if it was killed.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:  # after a lost node: until its script has ended
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(1)
+def run_process(command, folder, gpu, cores):
+    """One process of a script, to its end: (exit code, below 0 a signal; peak memory in MB)."""
     env = os.environ | {"PYTHONUNBUFFERED": "1", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     if gpu:
         env["JAX_PLATFORMS"] = "cuda,cpu"  # without a GPU an error, not a slow run
     else:
-        env |= {"XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false", "JAX_PLATFORMS": "cpu",
-                "OMP_NUM_THREADS": "1"}
+        env |= {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
+        env["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
-    with (open(folder / "log.txt", "a") as log,
-          contextlib.nullcontext() if gpu else own_core() as cores):
+    def in_child():
+        if libc:
+            libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with the process above it
+        if cores:
+            os.sched_setaffinity(0, cores)
 
-        def in_child():
-            if libc:
-                libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with the worker above it
-            if cores:
-                os.sched_setaffinity(0, cores)
-
+    with open(folder / "log.txt", "a") as log:
         process = subprocess.Popen(  # of its own session: a terminal's Ctrl-C comes to us only
-            [sys.executable, *command], env=env, stdout=log, stderr=log, start_new_session=True,
-            preexec_fn=in_child,
-        )
-        try:
-            code = None
-            while code is None:  # an interrupt by Ray does not wake a wait without end
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    code = process.wait(1)
-        except KeyboardInterrupt:
-            process.terminate()
-            process.wait()
-            raise
-    if code < 0 or code > 128:
-        raise Died(f"{folder}: signal {-code if code < 0 else code - 128}")
-    lines = (folder / "log.txt").read_text(errors="replace").strip().splitlines()
-    return code, lines[-1] if lines else ""
+            [sys.executable, *command], cwd=ROOT, env=env, stdout=log, stderr=log,
+            start_new_session=True, preexec_fn=in_child,
+        )  # fmt: skip
+    pid = 0
+    while not pid:  # an interrupt by Ray does not wake a wait without end
+        time.sleep(0.2)
+        pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    return process.returncode, round(usage.ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3))
 
 
-def outcome(trial, runs):
-    """How a trial ended: "finished", "failed: not finite ...", or None where it did not end. Exits
-    where its folder holds a run with other arguments."""
-    record = read_json(runs / trial.name / "record.json")
-    if not record:
-        return None
-    made = record["versions"]["command"][1:]
-    if made != trial.command[1:]:
-        sys.exit(f"{runs / trial.name}: its run was made by other arguments ({' '.join(made)}); "
-                 "move it away, or choose other --runs")
-    if record["ended"].startswith("not finite"):
-        return f"failed: {record['ended']}"
-    return "finished" if record["ended"] == "finished" else None
+def run_trial(trial, runs, gpu):
+    """A trial to its end, started again as often as it dies: "finished" or "failed: ...". Leaves
+    starts.json, log.txt and, of a finished one, record.json in its folder."""
+    folder = runs / trial.name
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [*trial.command(str(runs / trial.after)), "--run-dir", str(folder)]
+    starts, code = read_json(folder / "starts.json") or [], -1
+    with contextlib.nullcontext() if gpu else own_core() as cores:
+        for _ in range(RETRIES):
+            begin = time.time()
+            starts.append(provenance(trial.script, gpu, cores))
+            write_json(folder / "starts.json", starts)
+            code, memory = run_process(command, folder, gpu, cores)
+            seconds = round(time.time() - begin, 1)
+            starts[-1] |= {"exit_code": code, "seconds": seconds, "peak_memory_mb": memory}
+            write_json(folder / "starts.json", starts)
+            if 0 <= code <= 128:
+                break
+    if code:
+        lines = (folder / "log.txt").read_text(errors="replace").strip().splitlines()
+        return f"failed ({code}): {lines[-1] if lines else 'no word in log.txt'}"
+    write_json(folder / "record.json", make_record(trial, folder, starts))
+    return "finished"
 
 
 def read_json(path):
-    """A JSON file's content; {} where there is none, or a damaged one."""
+    """A JSON file's content; None where there is none, or a damaged one."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
-        return {}
+        return None
+
+
+def write_json(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+# ------------------------------------------------------------------------------------------ Record
+
+
+def provenance(script, gpu, cores):
+    """What a process was started from, and where."""
+    text = (ROOT / script).read_bytes()
+    commit = output("git", "-C", ROOT, "rev-parse", "HEAD").decode().strip()
+    committed = output("git", "-C", ROOT, "show", f"HEAD:{script}")
+    pins = re.findall(r'"([\w-]+)(?:\[[\w,]+\])?==', text.decode().partition("# ///\nimport")[0])
+    return {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "git_commit": commit,
+        "differs_from_commit": committed != text,
+        "script_sha256": hashlib.sha256(text).hexdigest(),
+        "python": platform.python_version(),
+        "packages": {name: version(name) for name in [*pins, "jaxlib"]},
+        "machine": platform.platform(),
+        "device": device(gpu),
+        "cores": len(cores) if cores else os.cpu_count(),
+    }
+
+
+def output(*command):
+    """What a command prints; nothing where it fails, or is not there."""
+    try:
+        return subprocess.run(command, capture_output=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return b""
+
+
+def version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def device(gpu=False):
+    """The GPU's name, or the processor's."""
+    if gpu:
+        found = output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").decode()
+        return found.splitlines()[0] if found else "gpu"
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def make_record(trial, folder, starts):
+    """The record of a finished run, from its files."""
+    config = json.loads((folder / "config.json").read_text())
+    rows = read_rows(folder)
+    phases = dict.fromkeys(row["phase"] for row in rows)
+    mine = {phase: [r for r in rows if r["phase"] == phase] for phase in phases}
+    low, high = config["reference"]
+    bytes_of = (folder / "checkpoint.npz").read_bytes()
+    names = ("environment", "units", "reference", "script", "dataset_sha256")
+    return {
+        "edition": 2,
+        "ended": "finished",
+        "name": trial.name,
+        "after": trial.after,
+        "command": ["python", *trial.command(trial.after)],
+        "script": trial.script,
+        "config": {key: value for key, value in config.items() if key not in names},
+        "environment": json.loads(config["environment"]),
+        "units": config["units"],
+        "reference": {"random": low, "expert": high} if high is not None else {},
+        "dataset_sha256": config["dataset_sha256"],
+        "dataset_rows": dataset_rows(config["dataset"]),
+        "steps": {phase: int(each[-1]["step"]) for phase, each in mine.items()},
+        "seconds": {phase: sum_of_rounds(each) for phase, each in mine.items()},
+        "updates_per_second": {phase: usual_rate(each) for phase, each in mine.items()},
+        "wall_seconds": round(sum(start.get("seconds", 0) for start in starts), 1),
+        "peak_memory_mb": max(start.get("peak_memory_mb", 0) for start in starts),
+        "checkpoint_sha256": hashlib.sha256(bytes_of).hexdigest(),  # with its log: of this run only
+        "agents_sha256": agents_hash(folder / "checkpoint.npz"),  # to the bit the same if run again
+        "starts": starts,
+        "curve": {name: [number(name, row[name]) for row in rows] for name in rows[0]},
+    }
+
+
+def read_rows(folder):
+    """The rows of a run's metrics.csv."""
+    try:
+        with open(folder / "metrics.csv", newline="") as file:
+            return list(csv.DictReader(file))
+    except OSError:
+        return []
+
+
+def number(name, text):
+    return text if name == "phase" else float(text) if text else None
+
+
+def sum_of_rounds(rows):
+    """Seconds of training of a phase; every seed of a run has the same."""
+    return round(sum(float(row["seconds"]) for row in rows if row["seed"] == rows[0]["seed"]), 1)
+
+
+def usual_rate(rows):
+    """The median of a phase's updates per second, without the first round, which compiles."""
+    later = [row for row in rows if row["step"] != rows[0]["step"]]
+    return statistics.median(float(row["updates_per_second"]) for row in later or rows)
+
+
+def dataset_rows(dataset):
+    """Number of rows of a Minari dataset, from its metadata; None where there is none."""
+    home = os.environ.get("MINARI_DATASETS_PATH", Path.home() / ".minari" / "datasets")
+    for folder in (ROOT / "baselines" / "datasets", Path(home)):
+        found = read_json(folder / dataset / "data" / "metadata.json") if dataset else None
+        if found:
+            return found.get("total_steps")
+    return None
+
+
+def agents_hash(path):
+    """SHA-256 of the agents' arrays in a checkpoint."""
+    state = hashlib.sha256()
+    with np.load(path) as arrays:
+        for name in sorted(name for name in arrays.files if name.startswith("agents/")):
+            state.update(name.encode() + arrays[name].tobytes())
+    return state.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------- All runs
+
+
+def outcome(trial, runs):
+    """ "finished" or None. Exits where the folder's finished run was made by other arguments."""
+    record = read_json(runs / trial.name / "record.json")
+    if record and record["command"] != ["python", *trial.command(trial.after)]:
+        made = " ".join(record["command"])
+        sys.exit(f"{runs / trial.name}: made by {made}; move it away, or choose other --runs")
+    return "finished" if record else None
 
 
 def keep_record(trial, arguments, runs):
-    """Copy an ended trial's record to where the report finds it, and AM-Q's queries beside it."""
-    if not outcome(trial, runs):
-        return
+    """Copy a finished trial's record to where the report finds it."""
+    record = read_json(runs / trial.name / "record.json")
     path = arguments.records / arguments.profile / f"{trial.name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for name, kept in (("record.json", path), ("queries.csv", path.with_suffix(".queries.csv"))):
-        if (runs / trial.name / name).exists():
-            shutil.copy(runs / trial.name / name, path.with_suffix(".tmp"))
-            os.replace(path.with_suffix(".tmp"), kept)
+    if record and read_json(path) != record:
+        write_json(path, record)
 
 
 def keep_failures(outcomes, arguments):
-    """The trials that failed, for the report: they may have left no record."""
+    """The trials that failed, for the report: they have left no record."""
     path = arguments.records / arguments.profile / "failures.json"
-    failed = {name: text for name, text in sorted(outcomes.items()) if text != "finished"}
-    before = read_json(path)
-    failed |= {name: text for name, text in before.items() if name not in outcomes}
+    before = read_json(path) or {}
+    failed = {name: text for name, text in before.items() if name not in outcomes}
+    failed |= {name: text for name, text in outcomes.items() if text != "finished"}
     if failed or before:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(failed, indent=1) + "\n")
+        write_json(path, dict(sorted(failed.items())))
 
 
-# --------------------------------------------------------------------------------------- Progress
-
-
-def progress(folder):
-    """(phase, share done, updates/s, latest score or return, seconds left) of a run folder."""
-    config = read_json(folder / "config.json")
-    try:
-        with open(folder / "metrics.csv", newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row.get("seconds")]
-    except OSError:
-        rows = []
-    if not rows or not config:
-        return "starting" if (folder / "log.txt").exists() else "waiting", 0.0, None, None, None
-    totals = {
-        "pretrain": config.get("pretrain_steps", 0),
-        "offline": sum(config.get(name, 0) for name in (
-            ("improvement_steps",) if config.get("supervised_from") else OFFLINE)),
-        "online": config["online_steps"],
-    }
-    while next(iter(totals)) != rows[0]["phase"]:  # what comes before it, the run has not
-        del totals[next(iter(totals))]
-    last = rows[-1]
-    done = {phase: max([int(r["step"]) for r in rows if r["phase"] == phase], default=0)
-            for phase in totals}
-    spent = {phase: sum(float(r["seconds"]) for r in rows if r["phase"] == phase)
-             / config["num_seeds"] for phase in totals}
-    known = [spent[p] / done[p] for p in totals if done[p]]
-    left = sum(max(totals[p] - done[p], 0) * (spent[p] / done[p] if done[p] else known[-1])
-               for p in totals) if known else None
-    values = [row["score"] or row["return"] for row in rows if row["return"]]
-    share = min(sum(done.values()) / max(sum(totals.values()), 1), 1)
-    return (last["phase"], share, float(last["updates_per_second"]),
-            float(values[-1]) if values else None, left)
-
-
-def progress_table(trials, runs, outcomes):
-    """The table that the terminal shows: trials at work and failed ones; the others as counts."""
-    count = list(outcomes.values()).count("finished")
-    table = Table("trial", "phase", "done", "updates/s", "latest score", "left",
-                  caption=f"{count} of {len(trials)} trials finished")
+def show_progress(trials, runs, outcomes):
+    """Print how many trials have ended, and the last row of each that is at work."""
+    ended = list(outcomes.values())
+    count = f"{ended.count('finished')} of {len(trials)} finished"
+    failed = len(ended) - ended.count("finished")
+    print(f"{time.strftime('%H:%M')}  {count}" + f", {failed} failed" * bool(failed), flush=True)
     for trial in trials:
-        if outcomes.get(trial.name) == "finished":
-            continue
+        rows = read_rows(runs / trial.name)
         if trial.name in outcomes:
-            table.add_row(trial.name, outcomes[trial.name])
-            continue
-        try:
-            phase, share, rate, score, left = progress(runs / trial.name)
-        except (OSError, ValueError, KeyError):  # it is just being written
-            continue
-        if phase != "waiting":
-            table.add_row(
-                trial.name, phase, f"{100 * share:.0f} %", "" if rate is None else f"{rate:.0f}",
-                "" if score is None else f"{score:.1f}",
-                "" if left is None else f"{left / 60:.0f} min",
-            )
-    return table
-
-
-# -------------------------------------------------------------------------------------------- Ray
+            if outcomes[trial.name] != "finished":
+                print(f"    {trial.name}: {outcomes[trial.name]}")
+        elif rows:
+            last = rows[-1]
+            value = f"score {last['score']}" if last["score"] else f"return {last['return']}"
+            where = f"{last['phase']} {int(last['step']):,}"
+            print(f"    {trial.name}: {where}, {last['updates_per_second']} updates/s, {value}")
+    sys.stdout.flush()
 
 
 def run_all(trials, arguments, runs):
@@ -276,126 +375,94 @@ def run_all(trials, arguments, runs):
     except ImportError:
         sys.exit("Ray is missing: pip install -r results/requirements.txt")
     gpu = arguments.profile == "gpu"
+    options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
     try:
-        ray.init(address=arguments.address or "local", include_dashboard=False,
-                 log_to_driver=False, logging_level="ERROR")
+        ray.init(address=arguments.address or "local", **options)
     except Exception as error:  # no cluster there, or no token for it
         sys.exit(f"--address {arguments.address}: {' '.join(str(error).split())}")
     if gpu and not ray.cluster_resources().get("GPU"):
         sys.exit("--profile gpu: Ray sees no GPU")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # Ray has put its own there
-    # a lost node or worker is Ray's to retry, a killed script ours to report to it
-    remote = ray.remote(num_cpus=1, num_gpus=1 / arguments.trials_per_gpu if gpu else 0,
-                        max_retries=RETRIES, retry_exceptions=[Died])
+    share = 1 / arguments.trials_per_gpu if gpu else 0
+    remote = ray.remote(num_cpus=1, num_gpus=share, max_retries=RETRIES)  # of lost nodes, workers
 
-    def start(command, folder, *after):
-        if any(code for code, _ in after):
-            return 1, "the trial that it starts from failed"
-        # ray.cancel raises it, and would do nothing where a script has started the sweep with &
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        return run_script(command, folder, gpu)
+    @remote
+    def run(trial, *after):
+        if any(text != "finished" for text in after):
+            return "failed: the trial that it starts from failed"
+        return run_trial(trial, runs, gpu)
 
-    task = remote(start)
-    outcomes = {t.name: outcome(t, runs) for t in trials if outcome(t, runs)}
+    outcomes = {trial.name: "finished" for trial in trials if outcome(trial, runs)}
+    tasks = {}  # {name: its task}
     for trial in trials:
         keep_record(trial, arguments, runs)
-    tasks, of = {}, {}
-    for trial in [t for t in trials if t.name not in outcomes]:
-        ended = read_json(runs / trial.after / "record.json").get("ended") if trial.after else None
-        if trial.after and trial.after not in tasks and ended != "finished":
-            outcomes[trial.name] = f"failed: needs {trial.after}, which has not ended"
+        if trial.name in outcomes:
             continue
         after = [tasks[trial.after]] if trial.after in tasks else []
-        tasks[trial.name] = task.remote(trial.command, runs / trial.name, *after)
-        of[tasks[trial.name]] = trial
-
-    def note(refs):
-        for ref in refs:
-            trial = of[ref]
-            try:
-                code, line = ray.get(ref)
-                outcomes[trial.name] = "finished" if code == 0 else f"failed ({code}): {line}"
-            except Exception as error:  # whatever Ray wraps it in: the trial has not ended
-                reason = [*str(error).strip().splitlines(), ""]
-                outcomes[trial.name] = f"failed: {type(error).__name__}: {reason[-2]}"
-            keep_record(trial, arguments, runs)
-
-    pending, console, printed = list(tasks.values()), Console(), 0.0
+        if trial.after and not after and not (runs / trial.after / "record.json").exists():
+            outcomes[trial.name] = f"failed: needs {trial.after}, which has not finished"
+            continue
+        tasks[trial.name] = run.remote(trial, *after)
+    of = {tasks[trial.name]: trial for trial in trials if trial.name in tasks}
+    pending, printed = list(of), 0.0
     try:
-        with Live(console=console, auto_refresh=False, transient=True) as live:
-            while pending:
-                ready, pending = ray.wait(pending, num_returns=len(pending), timeout=5.0)
-                note(ready)
-                if console.is_terminal:
-                    live.update(progress_table(trials, runs, outcomes), refresh=True)
-                elif ready or time.time() - printed > 300:
-                    printed = time.time()
-                    console.print(progress_table(trials, runs, outcomes))
+        while pending:
+            ready, pending = ray.wait(pending, num_returns=len(pending), timeout=5.0)
+            for task in ready:
+                try:
+                    outcomes[of[task].name] = ray.get(task)
+                except Exception as error:  # whatever Ray wraps it in: the trial has not ended
+                    outcomes[of[task].name] = f"failed: {str(error).strip().splitlines()[-1]}"
+                keep_record(of[task], arguments, runs)
+            if ready or time.time() - printed > 60:
+                printed = time.time()
+                show_progress(trials, runs, outcomes)
     except KeyboardInterrupt:
-        console.print("saving; the same command goes on")
-        for ref in pending:
-            ray.cancel(ref)
-        ray.wait(pending, num_returns=len(pending), timeout=120)
-        for ref in pending:
-            keep_record(of[ref], arguments, runs)
-    console.print(progress_table(trials, runs, outcomes))
+        print("stopped; the same command goes on")
     keep_failures(outcomes, arguments)
     ray.shutdown()
     return outcomes
 
 
 def run_one(trial, arguments, runs):
-    """One trial in this process. Returns the exit code."""
-    if trial.after and read_json(runs / trial.after / "record.json").get("ended") != "finished":
-        sys.exit(f"{trial.name} needs {trial.after}, which has not ended")
-    try:
-        if not outcome(trial, runs):
-            run_script(trial.command, runs / trial.name, arguments.profile == "gpu")
-    except KeyboardInterrupt:
-        print(f"{trial.name}: saved; the same command goes on")
-        return 128 + signal.SIGTERM
-    except Died as error:
-        sys.exit(f"{error}; the same command goes on")
+    """One trial in this process, without Ray. Returns its outcome."""
+    if trial.after and not (runs / trial.after / "record.json").exists():
+        sys.exit(f"{trial.name} needs {trial.after}, which has not finished")
+    ended = outcome(trial, runs) or run_trial(trial, runs, arguments.profile == "gpu")
     keep_record(trial, arguments, runs)
-    return int(outcome(trial, runs) != "finished")
+    print(f"{trial.name}: {ended}")
+    return ended
 
 
-def main(words=None):
-    """`words`: the command line, where another script calls this (collapse.py)."""
+def main():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--profile", choices=["cpu", "gpu"], default="cpu")
-    parser.add_argument("--only", default="", help="trials whose name contains this text")
-    parser.add_argument("--matrix", type=Path, default=ROOT / "results" / "matrix.toml")
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data/d4rl_samples",
-                        help="what {data} in the matrix stands for")
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "sweep", help="run folders")
-    parser.add_argument("--records", type=Path, default=ROOT / "results" / "records")
-    parser.add_argument("--address", help="of a Ray cluster, or auto; default: this machine")
-    parser.add_argument("--trials-per-gpu", type=int, default=4)
-    parser.add_argument("--list", action="store_true", help="print the numbered trials and stop")
-    parser.add_argument("--trial", type=int, help="run only this one, in this process, without Ray")
-    arguments = parser.parse_args(words)
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.default_int_handler)  # as Ctrl-C
-    if arguments.trials_per_gpu < 1:
-        parser.error("--trials-per-gpu must be at least 1")
-    runs, data = arguments.runs.resolve(), arguments.data.resolve()
-    trials = read_matrix(arguments.matrix, arguments.profile, data, runs)
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--profile", choices=["cpu", "gpu"], default="cpu")
+    add("--only", default="", help="trials whose name contains this text")
+    add("--matrix", type=Path, default=ROOT / "results" / "matrix.toml")
+    add("--runs", type=Path, default=ROOT / "runs" / "sweep", help="run folders")
+    add("--records", type=Path, default=ROOT / "results" / "records" / "second")
+    add("--address", help="of a Ray cluster, or auto; default: this machine")
+    add("--trials-per-gpu", type=int, default=4)
+    add("--list", action="store_true", help="print the numbered trials and stop")
+    add("--trial", type=int, help="run only this one, in this process, without Ray")
+    arguments = parser.parse_args()
+    runs = arguments.runs.resolve()
+    trials = read_matrix(arguments.matrix, arguments.profile)
     trials = [trial for trial in trials if arguments.only in trial.name]
     if arguments.list:
         for i, trial in enumerate(trials):
-            print(i, trial.name, outcome(trial, runs) or "", sep="\t")
+            command = shlex.join(["python", *trial.command(trial.after)])
+            print(i, trial.name, outcome(trial, runs) or "", command, sep="\t")
         return 0
-    needs_data = any(str(data) in word for trial in trials for word in trial.command)
-    if needs_data and not data.is_dir():
-        sys.exit(f"--data {data}: no such folder; the matrix takes datasets from it")
     if arguments.trial is None:
         outcomes = run_all(trials, arguments, runs)
         return int(any(outcomes.get(trial.name) != "finished" for trial in trials))
     if not 0 <= arguments.trial < len(trials):
         sys.exit(f"--trial {arguments.trial}: there are {len(trials)}, from 0; see --list")
-    return run_one(trials[arguments.trial], arguments, runs)
+    return int(run_one(trials[arguments.trial], arguments, runs) != "finished")
 
 
 if __name__ == "__main__":

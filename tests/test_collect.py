@@ -1,17 +1,502 @@
-"""Collected datasets are what they say: the mazes are solved on shortest paths, the files read back
-as they were played, and a checkpoint's rollouts are that checkpoint's own actions."""
+"""collect.py refuses what spoils training, in one line with field, row and remedy, and what it
+writes is what it says: converted files, mazes solved on shortest paths, a run's own actions."""
 
+import io
 import itertools
 import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
+import h5py
 import jax
+import minari
 import numpy as np
 import pytest
 from conftest import load_script, run_script
+from minari.data_collector import EpisodeBuffer
 
-pytest.importorskip("gymnasium_robotics")
 
+@pytest.fixture(scope="session")
+def collect():
+    return load_script("baselines/collect.py")
+
+
+@pytest.fixture
+def local(tmp_path, monkeypatch):
+    """An empty folder as Minari's local storage; the working folder is its parent."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "minari").mkdir()
+    return tmp_path / "minari"
+
+
+@pytest.fixture
+def refused(collect, local, capsys):
+    """Run main with arguments that it must refuse; the one line on stderr. Nothing is written."""
+
+    def refuse(*arguments):
+        capsys.readouterr()
+        before = sorted(local.rglob("*"))
+        with pytest.raises(SystemExit) as stop:
+            collect.main(list(map(str, arguments)))
+        out, error = capsys.readouterr()
+        assert stop.value.code == 2 and out == ""
+        assert len(error.splitlines()) == 1 and error.startswith("collect.py: error: "), error
+        assert sorted(local.rglob("*")) == before
+        return error
+
+    return refuse
+
+
+def assert_words(line, *words):
+    for word in words:
+        assert str(word) in line, f"{word!r} is not in: {line}"
+
+
+RNG = np.random.default_rng(0)
+ROWS = {  # D4RL's keys for an episode of 200 steps and one of 50, in Pendulum-v1's sizes
+    "observations": RNG.normal(size=(250, 3)).astype(np.float32),
+    "actions": RNG.uniform(-2, 2, (250, 1)).astype(np.float32), "rewards": RNG.normal(size=250),
+    "terminals": np.zeros(250, bool), "timeouts": np.isin(np.arange(250), (199, 249)),
+}  # fmt: skip
+ROWS["next_observations"] = np.concatenate([ROWS["observations"][1:], np.float32([[1, 2, 3]])])
+
+
+def save(path, **changes):
+    """A flat file of Pendulum-v1 rows with some fields changed, or left out where None."""
+    path = Path(path)
+    fields = {name: rows for name, rows in (ROWS | changes).items() if rows is not None}
+    if path.suffix == ".npz":
+        np.savez(path, **fields)
+    else:
+        with h5py.File(path, "w") as file:
+            for name, rows in fields.items():
+                file.create_dataset(name, data=rows, compression="gzip", fletcher32=True)
+            file["infos/qpos"] = np.zeros(3)  # as D4RL's own files have it
+    return path
+
+
+def converting(file, env_id="Pendulum-v1"):
+    return "convert", str(file), "--env-id", env_id, "--id", "mine/new-v0"
+
+
+@pytest.fixture
+def convert(collect, local):
+    return lambda *arguments: collect.main(list(converting(*arguments)))
+
+
+# ------------------------------------------------------------------------ What convert refuses
+def test_the_good_file_is_taken(convert, local, capsys):
+    """Otherwise the refusals below would mean little."""
+    convert(save("x.npz"))
+    assert (local / "mine/new-v0/data/main_data.hdf5").exists()
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("name, word", [
+    ("no.npz", "no such file"), ("no.hdf5", "no such file"), ("folder.npz", "no such file"),
+    ("a.npz", "unreadable"), ("b.hdf5", "unreadable"), ("c.h5", "unreadable"),
+    ("d.npz", "unreadable"), ("e.csv", "neither .hdf5 nor .npz"),
+])  # fmt: skip
+def test_files_that_are_none(refused, name, word):
+    Path("folder.npz").mkdir()
+    for empty in ("a.npz", "b.hdf5"):
+        Path(empty).write_bytes(b"")
+    for foreign in ("c.h5", "e.csv"):
+        Path(foreign).write_bytes(b"hello")
+    with open("d.npz", "wb") as file:
+        np.save(file, ROWS["rewards"])
+    assert_words(refused(*converting(name)), name, word)
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".hdf5"])
+def test_truncated_file(refused, suffix):
+    path = save(f"x{suffix}")
+    content = path.read_bytes()
+    for size in (int(len(content) * 0.01), len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:size])
+        assert_words(refused(*converting(path)), path.name, "unreadable", "Fetch it again")
+
+
+def test_bit_flip_in_the_numbers(refused):
+    """One bit of one reward: the value stays plausible, only the checksum tells."""
+    path = save("x.npz")
+    content = bytearray(path.read_bytes())
+    at = content.index(ROWS["rewards"].tobytes())
+    for offset in (0, 1000, ROWS["rewards"].nbytes - 1):
+        content[at + offset] ^= 1
+        path.write_bytes(content)
+        assert_words(refused(*converting(path)), "x.npz", "unreadable")
+        content[at + offset] ^= 1
+
+
+def test_bit_flip_anywhere_never_ends_in_a_traceback(collect, local):
+    path, random = Path("x.npz"), np.random.default_rng(0)
+    np.savez(path, **{name: rows[:3] for name, rows in ROWS.items()})
+    content = path.read_bytes()
+    for at in range(0, len(content), 3):
+        flipped = bytearray(content)
+        flipped[at] ^= 1 << random.integers(8)
+        path.write_bytes(flipped)
+        try:
+            collect.read_flat_file(path)  # bytes such as dates do not matter
+        except SystemExit as stop:
+            assert stop.code == 2
+
+
+def changed(name, where, value):
+    """{field: its rows, one of them changed}."""
+    rows = ROWS[name].astype(np.float64)
+    rows[where] = value
+    return {name: rows}
+
+
+END = {"next_observations": None, "seg_end_index": np.array([199])}
+BAD_FIELDS = [
+    *(({name: None}, f"no {name}; D4RL's keys are needed") for name in list(ROWS)[:4]),
+    ({"timeouts": None, "next_observations": None}, "neither timeouts nor next_observations"),
+    ({"actions": np.zeros((249, 1))}, "actions have shape (249, 1), but (250, 1) is needed"),
+    ({"timeouts": np.zeros(251)}, "timeouts have shape (251,), but (250,)"),
+    ({"next_observations": np.zeros((9, 3))}, "next_observations have shape (9, 3)"),
+    ({"next_observations": np.zeros((250, 1))}, "next_observations have shape (250, 1)"),
+    ({"next_observations": np.zeros((250, 4))}, "next_observations have shape (250, 4)"),
+    ({"rewards": np.zeros((250, 2))}, "beside 500 rewards"),
+    ({"terminals": np.zeros((250, 2))}, "terminals have shape (250, 2)"),
+    ({"actions": np.zeros((250, 2))}, "actions have shape (2,) per step, but Pendulum-v1 needs"),
+    ({"actions": np.zeros(250)}, "actions have shape () per step, but Pendulum-v1 needs (1,)"),
+    ({"observations": np.zeros((250, 4)), "next_observations": None}, "Pendulum-v1 needs (3,)"),
+    ({"observations": np.zeros(250), "next_observations": None}, "Pendulum-v1 needs (3,)"),
+    ({name: rows[:0] for name, rows in ROWS.items()}, "empty"),
+    ({"actions": np.full((250, 1), "a")}, "actions are of type <U1, but numbers are needed"),
+    ({"actions": np.full((250, 1), None)}, "Object arrays"),
+    (END | {"seg_end_index": np.array([999]), "seg_end_next_observations": np.zeros((1, 3))},
+     "seg_end_index has values that are no rows"),
+    (END | {"seg_end_next_observations": np.zeros((2, 3))}, "have shape (2, 3), but (1, 3)"),
+    ({name: rows[199:200] for name, rows in ROWS.items()} | {"next_observations": None},
+     "no row's next observation is known"),
+    (changed("terminals", 3, 2), "1 terminals neither 0 nor 1, first in row 3;"),
+    (changed("terminals", 17, np.nan), "1 terminals neither 0 nor 1, first in row 17;"),
+    (changed("timeouts", 17, np.nan), "1 timeouts neither 0 nor 1, first in row 17;"),
+    (changed("rewards", 249, -np.inf), "rewards are not finite in 1 of 250 rows, first in row 249"),
+    (changed("rewards", 3, 1e300), "rewards are not finite in 1 of 250 rows, first in row 3;"),
+    (changed("observations", (3, 1), np.nan), "first in row 3; end an episode before it"),
+    (changed("actions", 9, np.nan), "actions are not finite in 1 of 250 rows, first in row 9;"),
+    (changed("next_observations", (0, 2), np.inf), "next_observations are not finite in 1 of 250"),
+    (changed("actions", 11, 2.01), "1 actions outside Pendulum-v1's box, first in row 11; clip"),
+    (changed("actions", 11, -3.0), "1 actions outside Pendulum-v1's box, first in row 11; clip"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes, words", BAD_FIELDS)
+def test_bad_fields(refused, changes, words):
+    assert_words(refused(*converting(save("x.npz", **changes))), "x.npz: ", words)
+
+
+def test_bad_fields_in_hdf5(refused):
+    for changes, words in (BAD_FIELDS[0], BAD_FIELDS[5], BAD_FIELDS[-2]):
+        assert_words(refused(*converting(save("x.hdf5", **changes))), "x.hdf5: ", words)
+
+
+def test_unknown_environment(collect, refused, monkeypatch):
+    line = refused(*converting(save("x.npz"), "Pendulm-v1"))
+    assert_words(line, "no environment", "Pendulm", "Did you mean: `Pendulum`")
+    line = refused(*converting("x.npz", "CartPole-v1"))
+    assert_words(line, "CartPole-v1", "Discrete(2)", "only bounded vectors")
+
+    def missing(name):
+        raise ModuleNotFoundError(f"No module named {name!r}")
+
+    monkeypatch.setattr(collect.importlib, "import_module", missing)
+    line = refused(*converting("x.npz", "Nowhere-v1"))
+    assert_words(line, "pip install gymnasium-robotics==1.4.2")
+
+
+class OddEnv(gym.Env):
+    """An environment with spaces that the scripts cannot use."""
+
+    def __init__(self, kind, render_mode=None):
+        box, picture = gym.spaces.Box, gym.spaces.Box(0, 255, (8, 8, 3), np.uint8)
+        unsorted = [("b", box(-1, 1, (1,))), ("a", box(-1, 1, (2,)))]
+        self.observation_space = {
+            "picture": picture, "floating": box(0, 1, (8, 8, 3), np.float32),
+            "dict": gym.spaces.Dict({"picture": picture}),
+            "unsorted": gym.spaces.Dict(unsorted, sort_keys=False),
+        }.get(kind, box(-np.inf, np.inf, (3,)))  # fmt: skip
+        low, high = {"unbounded": (-np.inf, np.inf), "lopsided": (-1, 2)}.get(kind, (-1, 1))
+        self.action_space = box(low, high, (1,))
+
+
+@pytest.fixture
+def odd(request):
+    gym.register("Odd-v0", "test_collect:OddEnv", kwargs={"kind": request.param})
+    yield request.param
+    gym.registry.pop("Odd-v0")
+
+
+NO_IMAGES = "only vectors are supported, no images"
+ODD = {"picture": NO_IMAGES, "floating": NO_IMAGES, "dict": NO_IMAGES,
+       "unsorted": "keys ['b', 'a'] are not sorted",
+       "unbounded": "only bounded vectors are supported"}  # fmt: skip
+
+
+@pytest.mark.parametrize("odd", ODD, indirect=True)
+def test_environments_that_no_script_can_use(refused, odd):
+    assert_words(refused(*converting(save("x.npz"), "Odd-v0")), "Odd-v0", ODD[odd])
+
+
+# -------------------------------------------------------------------------- What check refuses
+def make_minari(name, observation_space=None, action_space=None, env="Pendulum-v1", **fields):
+    """A Minari dataset of two episodes of 20 steps; the second's `fields` changed. Its folder."""
+    made = gym.make(env) if env else None
+    observation_space = observation_space or made.observation_space
+    action_space = action_space or made.action_space
+    sample = {
+        "observations": np.stack([observation_space.sample() for _ in range(21)]),
+        "actions": np.stack([action_space.sample() for _ in range(20)]),
+        "rewards": np.linspace(0, 1, 20), "terminations": [False] * 20,
+        "truncations": [False] * 19 + [True],
+    }  # fmt: skip
+    dataset = minari.create_dataset_from_buffers(
+        name, [EpisodeBuffer(**sample), EpisodeBuffer(**sample | fields)], env=env,
+        observation_space=observation_space, action_space=action_space,
+    )  # fmt: skip
+    return dataset.storage.data_path
+
+
+def test_the_good_dataset_is_summarized(collect, local, capsys):
+    make_minari("test/good-v0", terminations=[False] * 19 + [True], rewards=np.ones(20))
+    collect.main(["check", "test/good-v0"])
+    out, error = capsys.readouterr()
+    assert error == ""
+    assert_words(out, "test/good-v0: Pendulum-v1, 2 episodes, 40 steps",
+                 "mean 15.0, min 10.0, max 20.0; discounted by 0.99: mean 13.5",
+                 "1 (50%) by termination, 1 (50%) by time limit, 0 (0%) by neither",
+                 "divided by the box's bound", "reference   none")  # fmt: skip
+
+
+def test_the_embedded_dataset_goes_first(collect, local, capsys):
+    make_minari("hopper/sac-medium-replay-v0")
+    collect.main(["check", "hopper/sac-medium-replay-v0"])
+    assert_words(capsys.readouterr().out, "Hopper-v5, 882 episodes, 120,000 steps", "869 (99%)")
+
+
+@pytest.mark.parametrize("name, word", [
+    ("mujoco/hopper/medium-v0", "not on this machine; `minari download mujoco/hopper/medium-v0`"),
+    ("x.npz", "collect.py convert"), ("no/version", "not a Minari id"), ("../up-v0", "not a"),
+])  # fmt: skip
+def test_unknown_dataset(refused, name, word):
+    assert_words(refused("check", name), name, word)
+
+
+@pytest.mark.parametrize("part", [0.05, 0.5, 0.95])
+def test_truncated_minari_hdf5(refused, part):
+    file = make_minari("test/cut-v0") / "main_data.hdf5"
+    content = file.read_bytes()
+    file.write_bytes(content[: int(len(content) * part)])
+    line = refused("check", "test/cut-v0")
+    assert_words(line, "cut-v0", "unreadable", "minari download test/cut-v0 --force",
+                 "minari.download_dataset(id, force_download=True)")  # fmt: skip
+
+
+def test_bit_flip_in_what_convert_wrote(convert, refused, local):
+    convert(save("x.npz"))
+    file = local / "mine/new-v0/data/main_data.hdf5"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1  # in the middle are numbers
+    file.write_bytes(content)
+    assert_words(refused("check", "mine/new-v0"), "mine/new-v0", "unreadable")
+
+
+@pytest.mark.parametrize("lost", ["main_data.hdf5", "metadata.json", "."])
+def test_interrupted_download(refused, lost):
+    folder = make_minari("test/bare-v0")
+    shutil.rmtree(folder) if lost == "." else (folder / lost).unlink()
+    line = refused("check", "test/bare-v0")
+    assert_words(line, "interrupted download", "minari download test/bare-v0 --force")
+
+
+@pytest.mark.parametrize("content", ["", '{"total_episodes": 1', "{}"])
+def test_damaged_metadata(refused, content):
+    (make_minari("test/meta-v0") / "metadata.json").write_text(content)
+    assert_words(refused("check", "test/meta-v0"), "meta-v0", "unreadable")
+
+
+@pytest.mark.parametrize("found, total", [(1, 2), (3, 2)])
+def test_episodes_that_metadata_does_not_count(refused, found, total):
+    with h5py.File(make_minari("test/count-v0") / "main_data.hdf5", "a") as file:
+        if found == 1:
+            del file["episode_1"]
+        else:
+            file.copy("episode_0", "episode_2")
+    line = refused("check", "test/count-v0")
+    assert_words(line, f"{total} episodes in metadata.json, {found} in data")
+
+
+STEPS, NONE = np.arange(20), np.zeros((0, 1))
+
+
+@pytest.mark.parametrize("fields, words", [
+    ({"rewards": np.full(20, np.inf)}, "rewards are not finite in 20 of 20 rows, first in step 0;"),
+    ({"rewards": np.where(STEPS == 7, np.nan, 0)}, "in 1 of 20 rows, first in step 7; end an"),
+    ({"observations": np.where(np.arange(63) == 62, np.nan, 0).reshape(21, 3)},
+     "observations are not finite in 1 of 21 rows, first in step 20;"),
+    ({"actions": np.where(STEPS == 19, np.nan, 0)[:, None]}, "actions are not finite in 1 of 20"),
+    ({"actions": np.where(STEPS == 4, 2.5, 0)[:, None]},
+     "1 actions outside Pendulum-v1's box, first in step 4;"),
+    ({"observations": np.zeros((20, 3))}, "20 observations beside 20 rewards, 21 are needed (Min"),
+    ({"observations": np.zeros((22, 3))}, "22 observations beside 20 rewards, 21 are needed"),
+    ({"actions": np.zeros((19, 1))}, "19 actions beside 20 rewards, 20 are needed"),
+    ({"terminations": np.zeros(19)}, "19 terminations beside 20 rewards, 20 are needed"),
+    ({"truncations": np.zeros(21)}, "21 truncations beside 20 rewards, 20 are needed"),
+])  # fmt: skip
+def test_bad_episodes(refused, fields, words):
+    make_minari("test/bad-v0", **fields)
+    assert_words(refused("check", "test/bad-v0"), "test/bad-v0: episode 1: ", words)
+
+
+def test_nothing_in_it(collect, refused, capsys):
+    minari.create_dataset_from_buffers("test/none-v0", [], env="Pendulum-v1")
+    assert_words(refused("check", "test/none-v0"), "test/none-v0: no episodes")
+    empty = EpisodeBuffer(observations=np.zeros((1, 3)), actions=NONE)
+    with pytest.raises(SystemExit):
+        collect.check_episodes([empty], gym.make("Pendulum-v1"), "source")
+    assert_words(capsys.readouterr().err, "source: episode 0: no steps")
+
+
+def test_minari_without_environment(refused, local):
+    box = gym.spaces.Box(-1, 1, (3,))
+    make_minari("test/lone-v0", box, box, env=None)
+    assert_words(refused("check", "test/lone-v0"), "no environment")
+    line = refused("check", "test/lone-v0", "--env-id", "Pendulum-v1")
+    assert_words(line, "actions have shape (3,) per step, but Pendulum-v1 needs (1,)")
+
+
+def test_spaces_of_a_minari_dataset(refused):
+    make_minari("test/cart-v0", env="CartPole-v1")
+    assert_words(refused("check", "test/cart-v0"), "Discrete(2)", "only bounded")
+    make_minari("test/image-v0", gym.spaces.Box(0, 255, (8, 8, 3), np.uint8))
+    assert_words(refused("check", "test/image-v0"), "image-v0", "no images")
+
+
+@pytest.mark.parametrize("odd", ["lopsided"], indirect=True)
+def test_a_box_that_is_not_symmetric(convert, refused, odd):
+    """In a Minari dataset refused, as the scripts do; convert puts RescaleAction around it."""
+    make_minari("test/odd-v0", env="Odd-v0")
+    assert_words(refused("check", "test/odd-v0"), "not symmetric", "RescaleAction")
+    actions = np.clip(ROWS["actions"], -1, 1)
+    convert(save("x.npz", actions=actions), "Odd-v0")
+    found = minari.load_dataset("mine/new-v0")
+    assert found.recover_environment().action_space == gym.spaces.Box(-1, 1, (1,))
+    np.testing.assert_allclose(found[0].actions, (actions[:200] - 0.5) / 1.5, atol=1e-6)
+
+
+def test_what_looks_wrong_is_doubted(collect, convert, capsys):
+    """The commonest mistake: `done` of an old Gym environment, which is 1 at time limits, too."""
+    convert(save("x.npz", terminals=ROWS["timeouts"], timeouts=np.zeros(250)))
+    collect.main(["check", "mine/new-v0"])
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and lines[0] == lines[1]
+    assert_words(lines[0], "warning: all 1 episodes of the time limit's 200 steps end by term")
+    make_minari("test/early-v0", terminations=[True, True] + [False] * 18)
+    collect.main(["check", "test/early-v0"])
+    error = capsys.readouterr().err
+    assert_words(error, "2 terminations stand before an episode's last step", "all returns are eq")
+
+
+def test_write_reference(collect, refused, capsys):
+    make_minari("test/none-v0")
+    line = refused("check", "test/none-v0", "--write-reference")
+    assert_words(line, "D4RL has no reference returns for Pendulum-v1")
+    folder = make_minari("test/some-v0", env="Hopper-v4")
+    for flags in (["--write-reference"], []):
+        collect.main(["check", "test/some-v0", *flags])
+        words = "-20.2723 random, 3234.3 expert: mean score 0.9"
+        assert_words(capsys.readouterr().out, words)
+    metadata = json.loads((folder / "metadata.json").read_text())
+    assert (metadata["ref_min_score"], metadata["ref_max_score"]) == (-20.272305, 3234.3)
+
+
+@pytest.mark.parametrize("name, kwargs, returns", [
+    ("Walker2d-v2", {}, (1.629008, 4592.3)), ("Walker2d-v4", {}, (1.629008, 4592.3)),
+    ("Walker2d-v5", {}, None), ("FrankaKitchen-v1", {}, (0.0, 4.0)),
+    ("FrankaKitchen-v1", {"remove_task_when_completed": False}, None),
+    ("AntMaze_UMaze-v5", {"continuing_task": False}, (0.0, 1.0)), ("AntMaze_UMaze-v5", {}, None),
+    ("AntMaze_UMaze-v5", {"continuing_task": False, "reward_type": "dense"}, None),
+])  # fmt: skip
+def test_reference_returns(collect, name, kwargs, returns):
+    assert collect.reference_returns(SimpleNamespace(id=name, kwargs=kwargs)) == returns
+
+
+# -------------------------------------------------------------------------- What convert writes
+def test_same_file_same_bytes_and_ids(collect, convert, refused, local):
+    """An existing id is refused with the way out; the second time the same bytes are written."""
+    flags = converting(save("x.npz"))
+    collect.main(list(flags))
+    files = [local / "mine/new-v0/data" / name for name in ("main_data.hdf5", "metadata.json")]
+    first = [file.read_bytes() for file in files]
+    line = refused(*flags)
+    assert_words(line, "--id mine/new-v0: exists", "`minari delete mine/new-v0`", "--force")
+    collect.main([*flags, "--force"])
+    assert [file.read_bytes() for file in files] == first
+    for name, word in (("mine/new", "not a Minari id"), ("../up-v0", "not a Minari id"),
+                       ("hopper/sac-medium-replay-v0", "baselines/datasets")):  # fmt: skip
+        assert_words(refused(*flags[:-1], name), f"--id {name}", word)
+    assert_words(refused(*converting("no.npz"), "--force"), "no such file")  # nothing is deleted
+    metadata = json.loads(first[1])
+    assert metadata["dataset_size"] == round(len(first[0]) / 1e6, 1)
+    assert "x.npz, sha256" in metadata["description"] and "ref_max_score" not in metadata
+
+
+def test_disk_full_leaves_nothing(collect, refused, monkeypatch):
+    def full(path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(collect, "pack", full)
+    make_minari("mine/other-v0")  # the namespace stays
+    line = refused(*converting(save("x.npz")))
+    assert_words(line, "new-v0: cannot be written (No space left on device)")
+
+
+def test_reference_returns_are_converted(convert, local, capsys):
+    rows = {"observations": np.zeros((9, 11)), "actions": np.zeros((9, 3)), "rewards": np.arange(9)}
+    np.savez("h.npz", **rows, terminals=np.zeros(9), timeouts=np.arange(9) % 4 == 3)
+    convert("h.npz", "Hopper-v4")
+    assert_words(capsys.readouterr().out, "-20.2723 random, 3234.3 expert", "2 episodes, 6 steps",
+                 "dropped     3 rows whose next observation", "with them 1 episodes",
+                 "0 (0%) by termination")  # fmt: skip
+    metadata = minari.load_dataset("mine/new-v0").storage.metadata
+    assert (metadata["ref_min_score"], metadata["ref_max_score"]) == (-20.272305, 3234.3)
+
+
+def test_d4rl_antmaze(convert, refused):
+    """29 numbers, from D4RL's origin: the start. The environment begins there, and its state is
+    the observation. In D4RL the umaze's goal is at (0, 8), beyond the corridor at x = 8."""
+    rng = np.random.default_rng(0)
+    rows = {"observations": rng.normal(size=(5, 29)), "actions": rng.uniform(-1, 1, (5, 8)),
+            "rewards": [0, 0, 0, 0, 1], "terminals": [0, 0, 0, 0, 1]}  # fmt: skip
+    np.savez("a.npz", **rows, timeouts=np.zeros(5))
+    assert_words(refused(*converting("a.npz", "AntMaze_UMaze-v4")), "AntMaze_UMaze-v5")
+    convert("a.npz", "AntMaze_UMaze-v5")
+    dataset, origin = minari.load_dataset("mine/new-v0"), np.float32([-4, -4])
+    env, episode = dataset.recover_environment(eval_env=True), dataset[0]
+    shifted = rows["observations"].astype(np.float32)
+    shifted[:, :2] += origin
+    np.testing.assert_array_equal(episode.observations[:-1], shifted)
+    np.testing.assert_array_equal(episode.actions, np.float32(rows["actions"]))
+    starts = np.array([env.reset(seed=seed)[0][:2] for seed in range(20)])
+    np.testing.assert_allclose(starts, [origin] * 20, atol=1.5)
+    maze = env.unwrapped.maze
+    assert np.abs(env.unwrapped.goal - (origin + [0, 8])).max() <= 1.0
+    for (x, y), wall in {(8, 4): False, (4, 4): True, (0, 4): True, (4, 8): False}.items():
+        row, column = maze.cell_xy_to_rowcol(origin + [x, y])
+        assert (maze.maze_map[row][column] == 1) == wall
+    assert env.action_space == gym.spaces.Box(-5, 5, (8,)) and env.unwrapped.ant_env.dt == 0.1
+    assert (dataset.storage.metadata["ref_min_score"], env.spec.max_episode_steps) == (0.0, 700)
+
+
+# ------------------------------------------------------------------------------------------- Mazes
 CELLS = {"umaze": ((1, 1), (3, 1)), "medium": ((1, 1), (6, 6)), "large": ((1, 1), (7, 9))}
 HAND_MADE = [  # a loop about (2, 2), a dead end at (1, 5), and a cell that cannot be reached
     [1, 1, 1, 1, 1, 1, 1],
@@ -25,30 +510,8 @@ REACHABLE = [(1, 1), (1, 2), (1, 3), (1, 5), (2, 1), (2, 3), (2, 4), (2, 5), (3,
              (3, 3), (4, 1)]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def collect():
-    return load_script("baselines/collect.py")
-
-
-@pytest.fixture
-def local(tmp_path, monkeypatch):
-    """An empty folder as Minari's local storage."""
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
-    return tmp_path / "minari"
-
-
-@pytest.fixture(scope="module")
-def umaze(collect, tmp_path_factory):
-    """A umaze dataset, some of whose episodes end at a time limit: its path and its episodes."""
-    folder = tmp_path_factory.mktemp("minari")
-    env, eval_env = collect.maze_environments("umaze")
-    env = gym.make(env.spec, max_episode_steps=70)
-    config = collect.Config(maze="umaze", num_steps=1500, seed=3)
-    episodes = list(collect.maze_episodes(env, (3, 1), config))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MINARI_DATASETS_PATH", str(folder))
-        collect.write_dataset("pointmaze/test-v0", episodes, env, eval_env, "test", "test")
-    return folder / "pointmaze" / "test-v0" / "data", episodes
+def maze_episodes(collect, env, maze, **request):
+    return list(collect.maze_episodes(env, CELLS[maze][1], collect.Pointmaze(maze, **request)))
 
 
 def test_plan_is_shortest(collect):
@@ -63,231 +526,223 @@ def test_plan_is_shortest(collect):
         path = collect.shortest_path(HAND_MADE, start, goal)
         assert path[0] == start and path[-1] == goal and set(path) <= set(REACHABLE)
         moves = np.abs(np.diff(path, axis=0)).sum(axis=1) if len(path) > 1 else np.array([])
-        assert (moves == 1).all()
-        assert len(path) - 1 == distance[i, j]
+        assert (moves == 1).all() and len(path) - 1 == distance[i, j]
 
 
-@pytest.mark.parametrize("maze, num_steps", [("umaze", 1200), ("medium", 2000), ("large", 2500)])
+@pytest.mark.parametrize("maze, num_steps", [("umaze", 900), ("medium", 1500), ("large", 2000)])
 def test_controller_reaches_the_goal(collect, maze, num_steps):
     """From start cells all over the maze to goals all over it, with the default noise."""
-    env, _ = collect.maze_environments(maze)
-    config = collect.Config(maze=maze, num_steps=num_steps)
-    episodes = list(collect.maze_episodes(env, CELLS[maze][1], config))
+    env, eval_env = collect.maze_environments(maze)
+    episodes = maze_episodes(collect, env, maze, steps=num_steps)
     assert sum(len(e.rewards) for e in episodes[:-1]) < num_steps
     assert sum(len(e.rewards) for e in episodes) >= num_steps
-    assert len(episodes) >= 5
     assert np.mean([e.terminations[-1] for e in episodes]) >= 0.8
-    to_cell = env.unwrapped.maze.cell_xy_to_rowcol
-    ends = [[tuple(map(int, to_cell(e.observations[key][0]))) for e in episodes]
-            for key in ("achieved_goal", "desired_goal")]
+    geometry = env.unwrapped.maze
+    ends = [[tuple(map(int, geometry.cell_xy_to_rowcol(e.observations[key][0]))) for e in episodes]
+            for key in ("achieved_goal", "desired_goal")]  # fmt: skip
     assert len(set(ends[0])) > 2 and len(set(ends[1])) > 2
     assert all(start != goal for start, goal in zip(*ends, strict=True))
+    # Agents begin and end in one cell each, whatever the data's start and goal were.
+    assert not any(isinstance(cell, str) for row in geometry.maze_map for cell in row)
+    for seed in range(3):
+        observation, _ = eval_env.reset(seed=seed)
+        cells = [tuple(geometry.cell_xy_to_rowcol(observation[key]))
+                 for key in ("achieved_goal", "desired_goal")]  # fmt: skip
+        assert tuple(cells) == CELLS[maze]
+    assert not eval_env.spec.kwargs["continuing_task"]
 
 
-def test_goals_noise_and_seed(collect, monkeypatch):
+def test_goals_noise_and_seed(collect):
     """The share of the evaluation's goal, the size of the noise, and that a seed is repeatable."""
     env, _ = collect.maze_environments("umaze")
     env = gym.make(env.spec, max_episode_steps=5)
-    play = lambda **x: list(collect.maze_episodes(env, (3, 1), collect.Config(**x)))  # noqa: E731
-    episodes = play(num_steps=2000, seed=1)
+    episodes = maze_episodes(collect, env, "umaze", steps=1500, seed=1)
     goals = np.array([e.observations["desired_goal"][0] for e in episodes])
     centre = env.unwrapped.maze.cell_rowcol_to_xy((3, 1))
     share = (np.abs(goals - centre).max(axis=1) <= 0.25).mean()
-    assert abs(share - (0.3 + 0.7 / 7)) < 0.08  # 400 episodes; the 7 cells contain the goal's
-    again, other = play(num_steps=50, seed=1), play(num_steps=50, seed=2)
+    assert abs(share - (0.3 + 0.7 / 7)) < 0.09  # 300 episodes; the 7 cells contain the goal's
+    again, other = (maze_episodes(collect, env, "umaze", steps=50, seed=seed) for seed in (1, 2))
     for key in ("observation", "desired_goal"):
         assert np.array_equal(again[0].observations[key], episodes[0].observations[key])
         assert not np.array_equal(again[0].observations[key], other[0].observations[key])
     assert np.array_equal(again[0].actions, episodes[0].actions)
-    offsets = [e[0].observations["desired_goal"][0] % 1.0 for e in (again, other)]  # in the cell
-    assert not np.allclose(*offsets)
     still = {"observation": np.array([1.0, 2.0, 0.3, -0.2])}  # the controller asks for (0.2, 0)
     rng, waypoint = np.random.default_rng(0), np.array([1.05, 1.98])
     draws = np.array([collect.waypoint_action(still, collect.deque([waypoint]), 0.1, rng)
-                      for _ in range(2000)])
+                      for _ in range(2000)])  # fmt: skip
     np.testing.assert_allclose(draws.mean(axis=0), [0.2, 0.0], atol=0.01)
     np.testing.assert_allclose(draws.std(axis=0), 0.1, atol=0.01)
 
 
-def test_dataset_reads_back(iql, umaze):
-    """Every episode as it was played; the mask is 0 at the goal only, and there the reward is 1."""
-    path, episodes = umaze
-    arrays = iql.read_dataset(path)
-    lengths = [len(e.rewards) for e in episodes]
-    assert np.flatnonzero(arrays["ends"]).tolist() == (np.cumsum(lengths) - 1).tolist()
-    last = [[e.terminations[-1], e.truncations[-1]] for e in episodes]
-    reached, limited = np.array(last).T
-    assert reached.any() and limited.any() and (reached | limited).all()
-    assert np.array_equal(arrays["terminals"][arrays["ends"]], reached)
-    assert not arrays["terminals"][~arrays["ends"]].any()
-    assert np.array_equal(arrays["rewards"] == 1, arrays["terminals"])
-    assert np.array_equal(arrays["rewards"] == 0, ~arrays["terminals"])
-    for name in ("actions", "rewards"):
-        played = np.concatenate([getattr(e, name) for e in episodes])
-        assert np.array_equal(arrays[name], played)
-    distance = np.linalg.norm(
-        arrays["next_observations"][:, :2] - arrays["next_observations"][:, 2:4], axis=1
-    )
-    assert np.array_equal(distance <= 0.45, arrays["terminals"])
-    env = iql.make_env(iql.environment_spec(path, None))
-    iql.check_dataset(arrays, env, path)
-    batch = iql.agent_batch(
-        arrays, iql.fit_transform(arrays, env.action_space, iql.Config(normalize_returns=False))
-    )
-    assert np.array_equal(batch.masks == 0, arrays["terminals"])
-
-
-def test_observations_are_flattened_as_gymnasium_does(iql, collect, umaze):
-    path, episodes = umaze
-    arrays = iql.read_dataset(path)
-    wrapper = gym.wrappers.FlattenObservation(collect.maze_environments("umaze")[0])
-    flat = [
-        np.array([wrapper.observation({key: x[t] for key, x in e.observations.items()})
-                  for t in range(len(e.rewards) + 1)], np.float32)
-        for e in episodes
-    ]  # fmt: skip
-    assert np.array_equal(arrays["observations"], np.concatenate([x[:-1] for x in flat]))
-    assert np.array_equal(arrays["next_observations"], np.concatenate([x[1:] for x in flat]))
-
-
-@pytest.mark.parametrize("maze", CELLS)
-def test_evaluation_has_one_start_and_one_goal(iql, collect, maze):
-    """Start r and goal g, wherever the data's start and goal were; the score is in percent."""
-    env, eval_env = collect.maze_environments(maze)
-    spec = eval_env.spec.to_json()
-    assert iql.reference_returns(spec)[:2] == (0.0, 1.0)
-    flat, geometry = iql.make_env(spec), env.unwrapped.maze
-    assert not any(isinstance(cell, str) for row in geometry.maze_map for cell in row)
-    for seed in range(5):
-        observation, _ = flat.reset(seed=seed)
-        assert tuple(geometry.cell_xy_to_rowcol(observation[:2])) == CELLS[maze][0]
-        assert tuple(geometry.cell_xy_to_rowcol(observation[2:4])) == CELLS[maze][1]
-    assert not flat.spec.kwargs["continuing_task"] and flat.spec.kwargs["reward_type"] == "sparse"
-
-
-def test_stored_environments(iql, umaze):
-    """The dataset names both environments and the package that they need."""
-    path, _ = umaze
-    metadata = json.loads((path / "metadata.json").read_text())
+def test_maze_dataset_reads_back(collect, iql, local, capsys):
+    """Both environments, their package and the references are named; the mask is 0 at the goal
+    only, and there the reward is 1. The command again gives the same bytes."""
+    flags = ["pointmaze", "umaze", "--steps", "300", "--seed", "3"]
+    collect.main(flags)
+    assert_words(capsys.readouterr().out, "pointmaze/umaze-v0", "mean score 100.0")
+    folder = local / "pointmaze/umaze-v0/data"
+    first = (folder / "main_data.hdf5").read_bytes()
+    metadata = json.loads((folder / "metadata.json").read_text())
     maps = [json.loads(metadata[name])["kwargs"]["maze_map"] for name in
-            ("env_spec", "eval_env_spec")]
+            ("env_spec", "eval_env_spec")]  # fmt: skip
     assert maps[0][1][1] == 0 and maps[1][1][1] == "r" and maps[1][3][1] == "g"
-    assert json.loads(iql.environment_spec(path, None))["kwargs"]["maze_map"] == maps[1]
     assert "gymnasium-robotics==1.4.2" in metadata["requirements"]
     assert (metadata["ref_min_score"], metadata["ref_max_score"]) == (0.0, 1.0)
-    size = sum(file.stat().st_size for file in path.iterdir()) / 1e6  # as packed
-    assert metadata["dataset_size"] == pytest.approx(size, abs=0.1)
+    config, data, env = iql.parse_config(["--dataset", "pointmaze/umaze-v0"])
+    assert config.preset == "pointmaze" and env.spec.kwargs["maze_map"] == maps[1]
+    rows, source = iql.load_dataset(config, data, env)
+    assert source["reference"] == [0.0, 1.0]
+    goal, reached = rows.next_observations[:, 2:4], rows.next_observations[:, :2]
+    near = np.linalg.norm(goal - reached, axis=1) <= 0.45
+    assert near.any() and np.array_equal(rows.masks == 0, near)
+    assert np.array_equal(rows.rewards == 0, near)  # scaled by the preset: -1, and 0 at the goal
+    collect.main([*flags, "--force"])
+    assert (folder / "main_data.hdf5").read_bytes() == first
 
 
-def test_iql_runs_on_it(collect, local, tmp_path, capsys):
-    """From the command line of one script to that of the other; the preset is the maze's."""
-    collect.main(["--maze", "umaze", "--num-steps", "300", "--dataset-id", "maze/small-v0"])
-    assert "score 100.0 (success rate in percent)" in capsys.readouterr().out
-    run = tmp_path / "run"
-    code, _, error = run_script(
-        "algorithms/iql.py", "--dataset", local / "maze" / "small-v0", "--run-dir", run,
-        "--offline-steps", 2, "--online-steps", 2, "--log-interval", 2, "--eval-interval", 2,
-        "--eval-episodes", 1, "--batch-size", 4, "--hidden-dims", 4,
-    )  # fmt: skip
-    assert code == 0, error
-    config = json.loads((run / "config.json").read_text())
-    assert (config["preset"], config["reward_shift"]) == ("pointmaze", -1.0)
-    assert len((run / "metrics.csv").read_text().splitlines()) == 3
+@pytest.mark.parametrize("flag", ["--noise -0.1", "--noise nan", "--steps 0", "--seed -1"])
+def test_maze_refusals(refused, flag):
+    assert_words(refused("pointmaze", "umaze", *flag.split()), f"{flag}: must be in [")
 
 
-def saved_agent(script, folder, rename=None):
-    """An untrained agent with two seeds of `script`, in Pendulum-v1 (box [-2, 2]), saved by the
-    script itself: its first seed's state and its transform."""
-    config = script.Config(num_seeds=2, hidden_dims=(8, 8), seed=5)
-    devices, rng = jax.devices()[:1], np.random.default_rng(0)
-    transform = script.Transform(
-        rng.normal(size=3), rng.uniform(0.5, 2.0, size=3), np.zeros(1), np.full(1, 2.0),
-        np.array(1.0), np.array(0.0),
-    )  # fmt: skip
-    shards = script.create_shards(config, 3, 1, devices)
-    spec = gym.make("Pendulum-v1").spec.to_json()
-    folder.mkdir()
-    script.save_run(script.Run(config, spec, folder, devices, transform, shards, [], [None]))
-    if rename:
-        arrays, meta, path = script.load_checkpoint(folder)
-        arrays = {name.replace(*rename): x for name, x in arrays.items()}
-        script.save_checkpoint(path, arrays, meta)
-    return jax.tree.map(lambda x: x[0], shards[0]), transform
+# -------------------------------------------------------------------------------------------- Runs
+RUN = ["--num-seeds", "2", "--hidden-dims", "8", "8", "--batch-size", "8", "--eval-episodes", "1",
+       "--normalize-observations", "--reward-scale", "0.1", "--reward-shift", "-1"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(iql, pendulum, tmp_path_factory):
+    """A run of iql.py in Pendulum-v1 (box [-2, 2]), two seeds: 210 online steps in rounds of 205
+    and 5, of which the ring keeps the last 150."""
+    folder = tmp_path_factory.mktemp("run") / "iql"
+    iql.main(["--dataset", pendulum, *RUN, "--offline-steps", "4", "--online-steps", "210",
+              "--interval", "205", "--buffer-size", "150", "--run-dir", str(folder)])  # fmt: skip
+    return folder
+
+
+def first_agent(script, folder, sizes):
+    """The first seed's agent in a run's checkpoint, its Config and its units."""
+    arrays, meta = script.load(folder)
+    said = meta["config"]
+    values = {f.name: said[f.name] for f in script.dataclasses.fields(script.Config)}
+    config = script.Config(**values | {"hidden_dims": tuple(said["hidden_dims"])})
+    keys = jax.random.split(jax.random.PRNGKey(9), 2)
+    observation, action = (np.zeros((1, size), np.float32) for size in sizes)
+    agents = jax.vmap(lambda key: script.create_agent(key, observation, action, config))(keys)
+    agents = script.restore({"agents": agents}, arrays, folder)["agents"]
+    return jax.tree.map(lambda x: x[0], agents), config, said["units"]
+
+
+def replayed(env, episode, first):
+    """Observations and rewards of `env` with an episode's actions, after the first observation."""
+    steps = [env.step(action) for action in episode.actions]
+    return np.array([first, *(step[0] for step in steps)]), [step[1] for step in steps]
 
 
 @pytest.mark.parametrize("name", ["iql", "sac"])
-def test_rollouts_act_as_the_script_would(request, iql, collect, local, tmp_path, name):
-    """The stored actions are the script's own, of the first seed, in the environment's units."""
-    script = request.getfixturevalue(name)
-    state, transform = saved_agent(script, tmp_path / "run")
-    flags = ["--checkpoint", str(tmp_path / "run"), "--num-steps", "201", "--seed", "7"]
-    collect.main([*flags, "--dataset-id", "pendulum/mode-v0"])
-    collect.main([*flags, "--dataset-id", "pendulum/sampled-v0", "--sampled"])
-    mode, sampled = (iql.read_dataset(local / "pendulum" / kind / "data")
-                     for kind in ("mode-v0", "sampled-v0"))  # fmt: skip
-    for arrays in (mode, sampled):
-        assert np.flatnonzero(arrays["ends"]).tolist() == [199, 399]
-        assert not arrays["terminals"].any() and np.abs(arrays["actions"]).max() <= 2.0
-    actions = script.mode_actions(state, transform.observations(mode["observations"]))  # (400, 1)
-    assert actions.std() > 0.01
-    np.testing.assert_allclose(mode["actions"], 2.0 * np.asarray(actions), atol=2e-5)
-    # Where each sampled action lies among 200 that the script draws in the same state: anywhere.
-    trained = state.replace(critic=state.critic.replace(step=1))  # before, SAC acts uniformly
-    draw = jax.vmap(script.sample_action, (None, None, 0))
-    keys = jax.random.split(jax.random.PRNGKey(0), (400, 200))
-    observations = transform.observations(sampled["observations"])  # (400, 3)
-    draws = jax.jit(jax.vmap(draw, (None, 0, 0)))(trained, observations, keys)  # (400, 200, 1)
-    others = 2.0 * np.asarray(draws)[..., 0]  # (400, 200)
+def test_rollouts_act_as_the_script_would(request, collect, run, local, tmp_path, name):
+    """The recorded actions are the script's own, of the first seed, in the environment's units,
+    and so are rewards and observations."""
+    script, folder = request.getfixturevalue(name), run
+    if name == "sac":
+        folder = tmp_path / "sac"
+        script.main(["--env-id", "Pendulum-v1", *RUN, "--online-steps", "9", "--interval", "9",
+                     "--warmup-steps", "3", "--run-dir", str(folder)])  # fmt: skip
+    flags = ["rollout", str(folder), "--steps", "201", "--seed", "7", "--id"]
+    collect.main([*flags, "pendulum/mode-v0"])
+    collect.main([*flags, "pendulum/sampled-v0", "--sampled"])
+    agent, config, units = first_agent(script, folder, (3, 1))
+    env = gym.make("Pendulum-v1")
+    assert units["actions"] == [2.0]
+    for kind in ("mode", "sampled"):
+        dataset = minari.load_dataset(f"pendulum/{kind}-v0")
+        assert dataset.total_episodes == 2 and dataset.total_steps == 400
+        episodes = list(dataset)
+        assert all(e.truncations[-1] and not e.terminations.any() for e in episodes)
+        assert (episodes[0].observations[0] != episodes[1].observations[0]).all()
+        for number, episode in enumerate(episodes):
+            start, _ = env.reset(seed=collect.episode_seed(7, number))
+            observations, rewards = replayed(env, episode, start)
+            np.testing.assert_allclose(episode.observations, observations, atol=1e-5)
+            np.testing.assert_allclose(episode.rewards, rewards, rtol=1e-5, atol=1e-5)
+        observations = np.concatenate([e.observations[:-1] for e in episodes])
+        actions = np.concatenate([e.actions for e in episodes])
+        scaled = script.rescale(observations, *map(np.array, units["observations"]))
+        mode = 2.0 * np.asarray(script.act(agent, scaled, config))  # (400, 1)
+        if kind == "mode":
+            np.testing.assert_allclose(actions, mode, atol=2e-5)
+            continue
+        # Where each sampled action lies among 100 that the script draws in the same state.
+        draw = jax.vmap(lambda o, k: script.explore(agent, o, k, config), (None, 0))
+        keys = jax.random.split(jax.random.PRNGKey(0), (400, 100))
+        others = 2.0 * np.asarray(jax.jit(jax.vmap(draw))(scaled, keys))[..., 0]  # (400, 100)
 
-    def ranks(x):
-        return (1.0 * (others < x) + (others <= x)).mean(axis=1) / 2  # ties (clipped) count half
+        def ranks(x, others=others):
+            return (1.0 * (others < x) + (others <= x)).mean(axis=1) / 2  # ties (clipped): half
 
-    assert abs(ranks(sampled["actions"]).mean() - 0.5) < 0.06
-    assert abs(ranks(sampled["actions"]).std() - ranks(others[:, :1]).std()) < 0.04
-
-
-def test_unknown_policy_is_refused(iql, collect, local, tmp_path, capsys):
-    """Parameters of other names are no policy that is known: nothing is guessed."""
-    saved_agent(iql, tmp_path / "run", rename=("params/log_std", "params/log_scale"))
-    with pytest.raises(SystemExit) as error:
-        collect.main(["--checkpoint", str(tmp_path / "run"), "--dataset-id", "test/set-v0"])
-    assert error.value.code == 2 and not (local / "test").exists()
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and "the policy of iql.py is neither of the two known" in lines[0]
-
-
-REFUSALS = {  # flags: what the one line on stderr says
-    "": "either --maze or --checkpoint",
-    "--maze umaze --checkpoint x": "either --maze or --checkpoint",
-    "--maze giant": "--maze giant: must be one of umaze, medium, large",
-    "--maze umaze --noise -0.1": "--noise -0.1: must be in [0.0, 2.0]",
-    "--maze umaze --noise nan": "--noise nan: must be in",
-    "--maze umaze --num-steps 0": "--num-steps 0: must be in",
-    "--maze umaze --seed -1": "--seed -1: must be in",
-    "--checkpoint x": "--checkpoint needs --dataset-id",
-    "--maze umaze --dataset-id taken/set-v0": "--dataset-id taken/set-v0: exists",
-    "--maze umaze --dataset-id no/version": "--dataset-id no/version: not a Minari id",
-    "--maze umaze --dataset-id ../up-v0": "--dataset-id ../up-v0: not a Minari id",
-}
+        assert abs(ranks(actions).mean() - 0.5) < 0.06
+        assert abs(ranks(actions).std() - ranks(others[:, :1]).std()) < 0.04
 
 
-@pytest.mark.parametrize("flags, message", REFUSALS.items())
-def test_refusals(collect, local, capsys, flags, message):
-    """One line, exit code 2, and nothing written."""
-    (local / "taken" / "set-v0").mkdir(parents=True)
-    before = sorted(local.rglob("*"))
-    with pytest.raises(SystemExit) as error:
-        collect.main(flags.split())
-    lines = capsys.readouterr().err.splitlines()
-    assert error.value.code == 2 and len(lines) == 1 and message in lines[0]
-    assert sorted(local.rglob("*")) == before
+def test_replay_is_what_the_environment_gave(collect, run, local, capsys):
+    """The ring's 150 rows are steps 60 to 209: to the time limit at 200, to the round's end at 205,
+    and the last round, each as Pendulum-v1 itself plays it."""
+    collect.main(["replay", str(run), "--id", "pendulum/replay-v0"])
+    assert_words(capsys.readouterr().out, "3 episodes, 150 steps", "3 (100%) by time limit")
+    episodes = list(minari.load_dataset("pendulum/replay-v0"))
+    assert [len(e.rewards) for e in episodes] == [140, 5, 5]
+    env = gym.make("Pendulum-v1")
+    for episode, bound in zip(episodes, (0.02, None, 1e-4), strict=True):
+        assert episode.truncations.tolist() == [False] * (len(episode.rewards) - 1) + [True]
+        assert not episode.terminations.any() and np.abs(episode.actions).max() <= 2.0
+        start, _ = env.reset(seed=10**9 + 205)  # as the last episode was
+        if bound == 0.02:  # begins in the middle: set the simulator's state
+            cosine, sine, velocity = start = episode.observations[0].astype(np.float64)
+            env.unwrapped.state = np.array([np.arctan2(sine, cosine), velocity])
+        if bound:
+            observations, rewards = replayed(env, episode, start)
+            short = slice(0, 20)
+            found = episode.observations[short], episode.rewards[short]
+            np.testing.assert_allclose(found[0], observations[short], atol=bound)
+            np.testing.assert_allclose(found[1], rewards[short], rtol=1e-4, atol=bound)
+    collect.main(["replay", str(run), "--id", "pendulum/replay-v0", "--steps", "142", "--force"])
+    shorter = list(minari.load_dataset("pendulum/replay-v0"))
+    assert [len(e.rewards) for e in shorter] == [140, 2] and shorter[1].truncations[-1]
+    np.testing.assert_array_equal(shorter[1].observations, episodes[1].observations[:3])
 
 
-def test_missing_package_is_named(collect, local, capsys, monkeypatch):
-    """Without gymnasium-robotics: one line with the command that installs it."""
-    monkeypatch.setattr(collect.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(SystemExit) as error:
-        collect.main(["--maze", "umaze"])
-    lines = capsys.readouterr().err.splitlines()
-    assert error.value.code == 2 and len(lines) == 1
-    assert "pip install gymnasium-robotics==1.4.2" in lines[0]
+def test_run_refusals(run, refused, tmp_path):
+    new = ("--id", "mine/x-v0")
+    for command in ("rollout", "replay"):
+        assert_words(refused(command, "none", *new), "none: no config.json of a run of one")
+    for script in ("../../evil", "nothing", None):
+        Path("config.json").write_text(json.dumps({"script": script, "units": {}}))
+        assert_words(refused("rollout", ".", *new), "no config.json of a run of one of these")
+    folder = shutil.copytree(run, tmp_path / "run")
+    assert_words(refused("replay", folder, *new, "--steps", 151), "--steps 151: the buffer has 150")
+    assert_words(refused("rollout", folder, *new, "--steps", 0), "--steps 0: must be in")
+    content = (folder / "checkpoint.npz").read_bytes()
+    (folder / "checkpoint.npz").write_bytes(content[: len(content) // 2])
+    assert_words(refused("rollout", folder, *new), "checkpoint.npz: unreadable")
+    arrays = dict(np.load(io.BytesIO(content)))
+    meta = json.loads(arrays.pop("meta").tobytes())
+    offline = json.dumps(meta | {"rows": meta["rows"][:2]}).encode()
+    np.savez(folder / "checkpoint.npz", meta=np.frombuffer(offline, np.uint8), **arrays)
+    assert_words(refused("replay", folder, *new), "no online transitions in its checkpoint")
+    (folder / "config.json").write_text(json.dumps(meta["config"] | {"seed": 5}))
+    assert_words(refused("replay", folder, *new), "of different runs")
+
+
+# -------------------------------------------------------------------------------- As a user sees it
+def test_process():
+    """In a process of its own: one line, exit code 2, no trace."""
+    code, out, error = run_script("baselines/collect.py", "check", "none/none-v0")
+    assert code == 2 and out == "" and error.startswith("collect.py: error: none/none-v0: not on")
+    assert len(error.splitlines()) == 1
+
+
+def test_help(collect, capsys):
+    with pytest.raises(SystemExit):
+        collect.main(["--help"])
+    out = capsys.readouterr().out
+    assert_words(out, "• convert ", "• check ", "• pointmaze ", "• rollout ", "• replay ")

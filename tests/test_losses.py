@@ -4,52 +4,51 @@ The references know nothing of flax, distrax or optax: they take parameter array
 are NumPy; with xp=jnp, under x64, jax differentiates them for the comparison of whole updates.
 """
 
-import dataclasses
 import math
 from functools import lru_cache, partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax.training.train_state import TrainState
 
 OBS, A, B = 3, 2, 16  # observation, action and batch size
-STATE_NETWORKS = {"iql": ("actor", "critic", "value"), "sac": ("actor", "critic", "temperature")}
 
-# ---------------------------------------------------------------------------- Networks, written out
+
+# --------------------------------------------------------------------------- Networks, written out
+def dense(tree, name, x):
+    return x @ tree[name]["kernel"] + tree[name]["bias"]
 
 
 def hidden(tree, x, xp):
     for name in sorted(tree["MLP_0"]):
-        x = xp.maximum(x @ tree["MLP_0"][name]["kernel"] + tree["MLP_0"][name]["bias"], 0)
+        x = xp.maximum(dense(tree["MLP_0"], name, x), 0)
     return x
 
 
-def scalar(tree, x, xp):
-    head = tree["ScalarHead_0"]
-    return (hidden(tree, x, xp) @ head["kernel"])[:, 0] + head["bias"]
-
-
-def v_of(params, observations, xp):
-    return scalar(params["params"], observations, xp)
+def v_of(params, x, xp):
+    tree = params["params"]
+    return (hidden(tree, x, xp) @ tree["kernel"])[:, 0] + tree["bias"]
 
 
 def q_of(params, observations, actions, xp):
     """(N, B)."""
-    stacked, x = params["params"]["VmapCritic_0"], xp.concatenate([observations, actions], axis=1)
-    count = len(stacked["ScalarHead_0"]["bias"])
-    members = [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(count)]
-    return xp.stack([scalar(member, x, xp) for member in members])
-
-
-def dense(tree, name, x):
-    return x @ tree[name]["kernel"] + tree[name]["bias"]
+    x, count = xp.concatenate([observations, actions], axis=1), len(params["params"]["bias"])
+    members = [jax.tree.map(lambda leaf, i=i: leaf[i], params) for i in range(count)]
+    return xp.stack([v_of(member, x, xp) for member in members])
 
 
 def gaussian_log_prob(x, mean, std, xp):
     """(B, A) -> (B,)."""
     return (-0.5 * ((x - mean) / std) ** 2 - xp.log(std) - 0.5 * math.log(2 * math.pi)).sum(axis=1)
+
+
+def gaussian(params, observations, xp):
+    """Mean (B, A) and standard deviation (A,) of IQL's policy."""
+    tree = params["params"]
+    mean = xp.tanh(dense(tree, "Dense_0", hidden(tree, observations, xp)))
+    return mean, xp.exp(xp.clip(tree["log_std"], -5.0, 2.0))
 
 
 def squashed_sample(params, observations, noise, xp):
@@ -63,10 +62,8 @@ def squashed_sample(params, observations, noise, xp):
     return xp.tanh(u), gaussian_log_prob(u, mean, std, xp) - correction
 
 
-# ------------------------------------------------------------------------------ Losses, written out
+# ----------------------------------------------------------------------------- Losses, written out
 # s: the parameters by name, "target" among them. Each is differentiated in its first argument.
-
-
 def iql_value(p, s, b, noise, c, xp):
     u = q_of(s["target"], b.observations, b.actions, xp).min(axis=0) - v_of(p, b.observations, xp)
     return xp.where(u < 0, (1 - c.expectile) * u * u, c.expectile * u * u).mean()
@@ -76,70 +73,78 @@ def iql_actor(p, s, b, noise, c, xp):
     q = q_of(s["target"], b.observations, b.actions, xp).min(axis=0)
     weight = xp.exp(c.beta * (q - v_of(s["value"], b.observations, xp)))
     weight = xp.where(weight > c.max_weight, c.max_weight, weight)
-    tree = p["params"]
-    mean = xp.tanh(dense(tree, "Dense_0", hidden(tree, b.observations, xp)))
-    std = xp.exp(xp.clip(tree["log_std"], -5.0, 2.0))
-    return -(weight * gaussian_log_prob(b.actions, mean, std, xp)).mean()
+    return -(weight * gaussian_log_prob(b.actions, *gaussian(p, b.observations, xp), xp)).mean()
+
+
+def critic(p, b, next_v, c, xp):
+    q, target = q_of(p, b.observations, b.actions, xp), b.rewards + c.discount * b.masks * next_v
+    return sum(((q[i] - target) ** 2).mean() for i in range(len(q)))
 
 
 def iql_critic(p, s, b, noise, c, xp):
-    target = b.rewards + c.discount * b.masks * v_of(s["value"], b.next_observations, xp)
-    q = q_of(p, b.observations, b.actions, xp)
-    return sum(((q[i] - target) ** 2).mean() for i in range(len(q)))
+    return critic(p, b, v_of(s["value"], b.next_observations, xp), c, xp)
 
 
 def sac_critic(p, s, b, noise, c, xp):
     a, log_prob = squashed_sample(s["actor"], b.next_observations, noise, xp)
+    temperature = xp.exp(s["temperature"]["params"]["log_temperature"])
     next_q = q_of(s["target"], b.next_observations, a, xp).min(axis=0)
-    next_v = next_q - xp.exp(s["temperature"]["params"]["log_temperature"]) * log_prob
-    q = q_of(p, b.observations, b.actions, xp)
-    target = b.rewards + c.discount * b.masks * next_v
-    return sum(((q[i] - target) ** 2).mean() for i in range(len(q)))
+    return critic(p, b, next_q - temperature * log_prob, c, xp)
 
 
 def sac_actor(p, s, b, noise, c, xp):
     a, log_prob = squashed_sample(p, b.observations, noise, xp)
-    q = q_of(s["critic"], b.observations, a, xp).min(axis=0)
-    return (xp.exp(s["temperature"]["params"]["log_temperature"]) * log_prob - q).mean()
+    temperature = xp.exp(s["temperature"]["params"]["log_temperature"])
+    return (temperature * log_prob - q_of(s["critic"], b.observations, a, xp).min(axis=0)).mean()
 
 
 def sac_temperature(p, s, b, noise, c, xp):
     _, log_prob = squashed_sample(s["actor"], b.observations, noise, xp)
-    excess = -log_prob.mean() - c.entropy_per_action * A
-    return xp.exp(p["params"]["log_temperature"]) * excess
+    return xp.exp(p["params"]["log_temperature"]) * (-log_prob.mean() - c.entropy_per_action * A)
 
 
-# ------------------------------------------------------------------------------------------ Helpers
+def bc_actor(p, s, b, noise, c, xp):
+    return -gaussian_log_prob(b.actions, *gaussian(p, b.observations, xp), xp).mean()
 
 
-def config_of(script, **changes):
-    return script.Config(hidden_dims=(16, 8), batch_size=B, **changes)
-
-
-UPDATE = {  # learning rates are large, so that an old V in place of the new one shows
-    "iql": lambda script: config_of(
-        script, learning_rate=3e-2, offline_steps=3, tau=0.2, max_weight=20.0
-    ),
-    "sac": lambda script: config_of(script, learning_rate=1e-2, tau=0.2),
+# Networks in the order of an update: the loss, and the networks that it must see updated.
+LOSSES = {
+    "iql": {"value": (iql_value, []), "actor": (iql_actor, ["value"]),
+            "critic": (iql_critic, ["value"])},
+    "sac": {"critic": (sac_critic, []), "actor": (sac_actor, ["critic"]),
+            "temperature": (sac_temperature, [])},  # at the entropy that pi's loss saw
+    "bc": {"actor": (bc_actor, [])},
+}  # fmt: skip
+CONFIG = {  # learning rates are large, so that an old V in place of the new one shows
+    "iql": dict(max_weight=5.0, learning_rate=3e-2, tau=0.2, offline_steps=3, online_steps=3),
+    "sac": dict(learning_rate=1e-2, tau=0.2),
+    "bc": dict(learning_rate=1e-2),
 }
 
 
-def batch_of(script, seed, size=B, dtype=np.float32, scale=1.0):
+# ----------------------------------------------------------------------------------------- Helpers
+@pytest.fixture(params=LOSSES)
+def script(request):
+    return request.getfixturevalue(request.param)
+
+
+def config_of(script, **changes):
+    changes = CONFIG.get(script.__name__, {}) | changes
+    return script.Config(hidden_dims=(16, 8), batch_size=B, **changes)
+
+
+def batch_of(script, seed, size=B):
     rng = np.random.default_rng(seed)
-    return script.Batch(
-        observations=rng.normal(size=(size, OBS)).astype(dtype),
-        actions=rng.uniform(-1, 1, (size, A)).astype(dtype),
-        rewards=(scale * rng.normal(size=size)).astype(dtype),
-        next_observations=rng.normal(size=(size, OBS)).astype(dtype),
-        masks=(rng.random(size) < 0.7).astype(dtype),
-    )
+    vectors = [rng.normal(size=(size, OBS)), rng.uniform(-1, 1, (size, A))]
+    rest = rng.normal(size=size), rng.normal(size=(size, OBS)), rng.random(size) < 0.7
+    return script.Batch(*map(np.float32, [*vectors, *rest, np.zeros(size)]))
 
 
 @lru_cache
 def template(script, config):
     """An agent of zeros; cached, because a new optimiser object would compile everything again."""
-    create = partial(script.create_agent_state, observation_dim=OBS, action_dim=A, config=config)
-    shapes = jax.eval_shape(create, jax.random.PRNGKey(0))
+    inputs = jax.random.PRNGKey(0), jnp.zeros((1, OBS)), jnp.zeros((1, A))
+    shapes = jax.eval_shape(partial(script.create_agent, config=config), *inputs)
     return jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
 
 
@@ -150,337 +155,196 @@ def compiled(script, name, config):
 
 def fresh(script, config, seed=0):
     """An agent with random parameters everywhere: no bias is 0, the target critic is not Q."""
-    rng, state = np.random.default_rng(seed), template(script, config)
-
-    def draw(tree):
-        return jax.tree.map(lambda x: np.float32(0.4 * rng.normal(size=x.shape)), tree)
-
-    networks = STATE_NETWORKS[Path(script.__file__).stem]
-    trained = {name: getattr(state, name) for name in networks}
-    drawn = {name: each.replace(params=draw(each.params)) for name, each in trained.items()}
-    target = draw(state.target_critic_params)
-    return state.replace(target_critic_params=target, key=jax.random.PRNGKey(seed), **drawn)
+    rng, agent = np.random.default_rng(seed), template(script, config)
+    draw = partial(jax.tree.map, lambda x: np.float32(0.4 * rng.normal(size=x.shape)))
+    for name, x in vars(agent).items():
+        if isinstance(x, TrainState):
+            agent = agent.replace(**{name: x.replace(params=draw(x.params))})
+        elif name.endswith("_params"):
+            agent = agent.replace(**{name: draw(x)})
+    return agent.replace(key=jax.random.PRNGKey(seed))
 
 
-def parameters(state):
+def float64(tree):
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
+
+
+def parameters(agent):
     """{name: parameters in float64}, the target critic's as "target"."""
-    names = ("actor", "critic", "value", "temperature")
-    networks = [name for name in names if hasattr(state, name)]
-    trees = {name: getattr(state, name).params for name in networks}
-    trees["target"] = state.target_critic_params
-    return jax.tree.map(lambda x: np.asarray(x, np.float64), trees)
-
-
-def float64(batch):
-    return jax.tree.map(lambda x: np.asarray(x, np.float64), batch)
+    trees = {name: x.params for name, x in vars(agent).items() if isinstance(x, TrainState)}
+    return float64(trees | {"target": getattr(agent, "target_critic_params", {})})
 
 
 def noise_of(sac, key, size=B):
     """The standard normal noise (B, A) behind the policy's sample at this key: read from a policy
     of mean 0 and std 0.1, where tanh loses no digits."""
-    state = fresh(sac, config_of(sac))
-    params = jax.tree.map(np.zeros_like, state.actor.params)
+    actor = template(sac, config_of(sac)).actor
+    params = jax.tree.map(np.zeros_like, actor.params)
     params["params"]["Dense_1"]["bias"][:] = math.log(0.1)
-    sample = state.actor.apply_fn(params, np.zeros((size, OBS))).sample(seed=key)
+    sample = actor.apply_fn(params, np.zeros((size, OBS))).sample(seed=key)
     return np.arctanh(np.asarray(sample, np.float64)) / 0.1
 
 
-def close(found, expected, rtol=1e-5, atol=1e-6):
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=rtol, atol=atol), found, expected)
-
-
-# ------------------------------------------------------------------------- Losses against NumPy
-
-
-@pytest.mark.parametrize("name", ["value", "actor", "critic"])
-def test_iql_loss_is_the_papers(iql, name):
-    config = config_of(iql, expectile=0.8, beta=2.0, max_weight=3.0)
-    reference = {"value": iql_value, "actor": iql_actor, "critic": iql_critic}[name]
-    compute, clipped = compiled(iql, f"{name}_loss", config), False
+# --------------------------------------------------------------- Losses, and whole updates by Adam
+@pytest.mark.parametrize(("name", "network"), [(s, n) for s, each in LOSSES.items() for n in each])
+def test_loss_is_the_papers(request, name, network):
+    script, key = request.getfixturevalue(name), jax.random.PRNGKey(5)
+    config, (reference, _) = config_of(script), LOSSES[name][network]
+    noise = noise_of(script, key) if name == "sac" else None
     for seed in range(5):
-        state, batch = fresh(iql, config, seed), batch_of(iql, seed)
-        found, info = compute(getattr(state, name).params, state, batch, state.key)
-        s, b = parameters(state), float64(batch)
-        expected = reference(s[name], s, b, None, config, np)
-        np.testing.assert_allclose(found, expected, rtol=1e-5)
-        np.testing.assert_allclose(info[f"{name}_loss"], expected, rtol=1e-5)
-        advantage = (q_of(s["target"], b.observations, b.actions, np).min(axis=0)
-                     - v_of(s["value"], b.observations, np))
-        logged = {"v": v_of(s["value"], b.observations, np).mean(), "advantage": advantage.mean(),
-                  "weight": np.minimum(np.exp(2.0 * advantage), 3.0).mean(),
-                  "q": q_of(s["critic"], b.observations, b.actions, np).mean(),
-                  "policy_std": np.exp(s["actor"]["params"]["log_std"]).mean()}
-        close({k: v for k, v in info.items() if k in logged}, {k: logged[k] for k in info
-              if k in logged}, atol=1e-5)
-        clipped |= (np.exp(2.0 * advantage) > 3.0).any() and (np.exp(2.0 * advantage) < 3.0).any()
-    assert clipped  # some weights were, some were not: both sides of the clip were compared
-
-
-@pytest.mark.parametrize("name", ["critic", "actor", "temperature"])
-def test_sac_loss_is_the_papers(sac, name):
-    config = config_of(sac)
-    key = jax.random.PRNGKey(5)
-    noise, compute = noise_of(sac, key), compiled(sac, f"{name}_loss", config)
-    reference = {"critic": sac_critic, "actor": sac_actor, "temperature": sac_temperature}[name]
-    for seed in range(5):
-        state, batch = fresh(sac, config, seed), batch_of(sac, seed)
-        s, b = parameters(state), float64(batch)
-        params = getattr(state, name).params
-        if name == "temperature":
+        agent, batch = fresh(script, config, seed), batch_of(script, seed)
+        s, b, inputs = parameters(agent), float64(batch), (batch, key)
+        if network == "temperature":
             entropy = -squashed_sample(s["actor"], b.observations, noise, np)[1].mean()
-            found, _ = compute(params, state, np.float32(entropy), np.int32(A))
-        else:
-            found, info = compute(params, state, batch, key)
-        if name == "actor":
-            entropy = -squashed_sample(s["actor"], b.observations, noise, np)[1].mean()
-            np.testing.assert_allclose(info["entropy"], entropy, rtol=1e-5)
-        np.testing.assert_allclose(found, reference(s[name], s, b, noise, config, np), rtol=1e-5)
-
-
-# ----------------------------------------------------------------- Whole updates, Adam written out
+            inputs = np.float32(entropy), A
+        params = getattr(agent, network).params
+        found, info = compiled(script, f"{network}_loss", config)(params, agent, *inputs)
+        expected = reference(s[network], s, b, noise, config, np)
+        np.testing.assert_allclose([found, info[f"{network}_loss"]], expected, rtol=1e-5)
 
 
 def adam(params, grads, moments, step, learning_rate):
     """(parameters, moments) after step `step` (from 1)."""
-    first, second = moments
-    first = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, first, grads)
-    second = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g**2, second, grads)
-
-    def move(p, m, v):
-        m, v = m / (1 - 0.9**step), v / (1 - 0.999**step)
-        return p - learning_rate * m / (np.sqrt(v) + 1e-8)
-
+    first = jax.tree.map(lambda m, g: 0.9 * m + 0.1 * g, moments[0], grads)
+    second = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g**2, moments[1], grads)
+    rate, scale = learning_rate / (1 - 0.9**step), 1 - 0.999**step
+    move = lambda p, m, v: p - rate * m / (np.sqrt(v / scale) + 1e-8)  # noqa: E731
     return jax.tree.map(move, params, first, second), (first, second)
 
 
-def replay(s, batches, noises, order, rates, config):
-    """Parameters and Adam's moments after one update per batch: networks in `order`, each seeing
-    those before it already updated, then the target critic."""
-    zeros = jax.tree.map(np.zeros_like, s)
-    moments = {name: (zeros[name], zeros[name]) for name in order}
+def replay(s, batches, noises, losses, rates, config):
+    """The parameters after one update per batch: of the networks of `losses` in turn, then of the
+    target critic. A loss sees the others as before the update, but those it names."""
+    moments = {name: (jax.tree.map(np.zeros_like, s[name]),) * 2 for name in losses}
     with jax.enable_x64(True):
-        grads_of = {name: jax.jit(jax.grad(partial(loss, c=config, xp=jnp)))
-                    for name, (loss, _) in order.items()}
-        for i, (batch, noise) in enumerate(zip(batches, noises, strict=True)):
+        grads = {n: jax.jit(jax.grad(partial(f, c=config, xp=jnp))) for n, (f, _) in losses.items()}
+        for i, batch in enumerate(map(float64, batches)):
             before = s
-            for name, (_, sees) in order.items():
-                # the networks that the loss must see updated, all others from before the update
+            for name, (_, sees) in losses.items():
                 seen = before | {other: s[other] for other in sees}
-                grads = jax.device_get(grads_of[name](s[name], seen, batch, noise[name]))
-                rate = rates[name][i]
-                new, moments[name] = adam(s[name], grads, moments[name], i + 1, rate)
+                grad = jax.device_get(grads[name](s[name], seen, batch, noises[i][name]))
+                new, moments[name] = adam(s[name], grad, moments[name], i + 1, rates[name][i])
                 s = s | {name: new}
-            target = jax.tree.map(
-                lambda q, old: config.tau * q + (1 - config.tau) * old, s["critic"], s["target"]
-            )
-            s = s | {"target": target}
-    return s, moments
+            if s["target"]:
+                mix = lambda q, old: config.tau * q + (1 - config.tau) * old  # noqa: E731
+                s = s | {"target": jax.tree.map(mix, s["critic"], s["target"])}
+    return s
 
 
-def assert_same(state, s, moments):
-    """A float32 state equals the float64 replay: each parameter, each moment of Adam."""
-    for name, (first, second) in moments.items():
-        found = getattr(state, name).opt_state[0]
-        for tree, expected in ((found.mu, first), (found.nu, second)):
-            scale = max(np.abs(x).max() for x in jax.tree.leaves(expected))
-            close(tree, expected, rtol=1e-3, atol=1e-4 * scale)
-    close(parameters(state), s, rtol=1e-3, atol=2e-4)
-
-
-def test_iql_updates_replayed_step_by_step(iql):
-    """Order V, pi (new V), Q (new V), target; gradients of the own parameters only; the actor's
-    learning rate along its cosine over 3 offline updates, and constant in 3 online ones."""
-    rate, config = 3e-2, UPDATE["iql"](iql)
-    state, batches = fresh(iql, config), [batch_of(iql, i) for i in range(6)]
-    order = {"value": (iql_value, ()), "actor": (iql_actor, ("value",)),
-             "critic": (iql_critic, ("value",))}
-    cosine = [rate * 0.5 * (1 + math.cos(math.pi * i / 3)) for i in range(3)] + [rate] * 3
-    rates = {"value": [rate] * 6, "actor": cosine, "critic": [rate] * 6}
-    wide = [float64(batch) for batch in batches]
-    expected = replay(parameters(state), wide, [dict.fromkeys(order)] * 6, order, rates, config)
-    update = compiled(iql, "update_step", config)
-    for batch in batches:
-        state, _ = update(state, batch)
-    assert_same(state, *expected)
-
-
-def test_sac_updates_replayed_step_by_step(sac):
-    """Order Q, pi (new Q), temperature (at the entropy that pi's loss saw), target."""
-    rate, config = 1e-2, UPDATE["sac"](sac)
-    state, batches = fresh(sac, config), [batch_of(sac, i) for i in range(3)]
-    noises, key = [], state.key
+def test_updates_replayed_step_by_step(script):
+    """Order, gradients of the own parameters only, target, keys; IQL's actor along its cosine over
+    3 offline updates, and another over 3 online ones."""
+    name, config = script.__name__, config_of(script)
+    losses, batches = LOSSES[name], [batch_of(script, i) for i in range(6)]
+    agent, rate = fresh(script, config), config.learning_rate
+    noises, rates, key = [], dict.fromkeys(losses, [rate] * 6), agent.key
     for _ in batches:
-        key, critic_key, actor_key = jax.random.split(key, 3)
-        actor_noise = noise_of(sac, actor_key)
-        noises.append({"critic": noise_of(sac, critic_key), "actor": actor_noise,
-                       "temperature": actor_noise})
-    order = {"critic": (sac_critic, ()), "actor": (sac_actor, ("critic",)),
-             "temperature": (sac_temperature, ())}
-    rates = dict.fromkeys(order, [rate] * 3)
-    expected = replay(parameters(state), map(float64, batches), noises, order, rates, config)
-    update = compiled(sac, "update_step", config)
+        key, *keys = jax.random.split(key, 3 if name == "sac" else 2)
+        drawn = [noise_of(script, x) if name == "sac" else None for x in keys]
+        noises.append(dict(zip(losses, [drawn[0], drawn[-1], drawn[-1]], strict=False)))
+    if name == "iql":
+        rates["actor"] = [rate / 2 * (1 + math.cos(math.pi * i / 3)) for i in range(3)] * 2
+    expected = replay(parameters(agent), batches, noises, losses, rates, config)
     for batch in batches:
-        state, _ = update(state, batch)
-    assert_same(state, *expected)
-    np.testing.assert_array_equal(state.key, key)
+        agent, _ = compiled(script, "update", config)(agent, batch)
+    same = partial(np.testing.assert_allclose, rtol=1e-3, atol=2e-4)
+    jax.tree.map(same, parameters(agent), expected)
+    np.testing.assert_array_equal(agent.key, key)
 
 
-# --------------------------------------------------------------------------- By hand, and the edges
+@pytest.mark.parametrize("decay", [True, False])
+def test_actor_learning_rate(iql, decay):
+    """Cosine to 0 over the offline updates, another over the online ones; or constant."""
+    settings = dict(offline_steps=100, online_steps=50, learning_rate=1.0, decay_actor_lr=decay)
+    tx = template(iql, config_of(iql, **settings)).actor.tx
+    step = lambda state, _: tx.update(jnp.ones(()), state)[::-1]  # noqa: E731
+    steps = -jax.lax.scan(step, tx.init(jnp.ones(())), length=200)[1]  # Adam's, of a constant slope
+    expected = [1, 0.5, 2.4672e-4, 1, 0.5, 0] if decay else [1] * 6
+    found = steps[jnp.array([0, 50, 99, 100, 125, 199])]
+    np.testing.assert_allclose(found, expected, rtol=1e-2, atol=1e-7)
 
 
+# ------------------------------------------------------------------------- By hand, and the edges
 def constant(tree, value):
     """Parameters of a scalar network whose output is `value` everywhere."""
     tree = jax.tree.map(np.zeros_like, tree)
-    head = next(node for node in (tree["params"], *tree["params"].values())
-                if "ScalarHead_0" in node)["ScalarHead_0"]
-    head["bias"] = np.broadcast_to(np.float32(value), head["bias"].shape)
+    tree["params"]["bias"] += np.float32(value)
     return tree
 
 
-def test_expectile_by_hand(iql):
-    """V = 0 and critics (q, q + 1), so that their minimum is q: |0.9 - 1(q < 0)| q^2."""
-    config = config_of(iql, expectile=0.9)
-    state, batch = fresh(iql, config), batch_of(iql, 0)
-    for q, expected in ((2.0, 0.9 * 4), (-2.0, 0.1 * 4)):
-        target = constant(state.target_critic_params, [q, q + 1])
-        params = constant(state.value.params, 0.0)
-        state = state.replace(target_critic_params=target)
-        loss, _ = compiled(iql, "value_loss", config)(params, state, batch, None)
-        np.testing.assert_allclose(loss, expected, rtol=1e-6)
+def test_expectile_and_weight_by_hand(iql):
+    """V = 1 and critics (1 + u, 2 + u), so that their minimum is 1 + u: |0.9 - 1(u < 0)| u^2, and
+    weights exp(beta * u), 5 where that is larger."""
+    config = config_of(iql, expectile=0.9, beta=0.5)
+    agent, batch = fresh(iql, config), batch_of(iql, 0)
+    likelihood = -bc_actor(parameters(agent)["actor"], None, float64(batch), None, config, np)
+    value = agent.value.replace(params=constant(agent.value.params, 1.0))
+    for u, loss, weight in ((2, 3.6, math.e), (-2, 0.4, 1 / math.e), (99, 0.9 * 99**2, 5)):
+        target = constant(agent.target_critic_params, [1 + u, 2 + u])
+        agent = agent.replace(target_critic_params=target, value=value)
+        inputs = agent, batch, agent.key
+        found, info = compiled(iql, "value_loss", config)(value.params, *inputs)
+        np.testing.assert_allclose([found, info["v"]], [loss, 1], rtol=1e-6)
+        found, info = compiled(iql, "actor_loss", config)(agent.actor.params, *inputs)
+        expected = weight, u, -weight * likelihood
+        np.testing.assert_allclose([info["weight"], info["advantage"], found], expected, rtol=1e-5)
 
 
-def test_weight_by_hand(iql):
-    """Weights exp(beta * (Q - V)) = e^1 and e^-1, and 100 where the exponential is larger."""
-    config = config_of(iql, beta=0.5)
-    state, batch = fresh(iql, config), batch_of(iql, 0)
-    tree = parameters(state)["actor"]["params"]
-    mean = np.tanh(dense(tree, "Dense_0", hidden(tree, batch.observations, np)))
-    std = np.exp(tree["log_std"])
-    likelihood = gaussian_log_prob(float64(batch).actions, mean, std, np).mean()
-    for q, weight in ((3.0, math.e), (-1.0, 1 / math.e), (1e4, 100.0)):
-        s = state.replace(
-            target_critic_params=constant(state.target_critic_params, [q, q + 1]),
-            value=state.value.replace(params=constant(state.value.params, 1.0)),
-        )
-        loss, info = compiled(iql, "actor_loss", config)(s.actor.params, s, batch, s.key)
-        np.testing.assert_allclose(info["weight"], weight, rtol=1e-5)
-        np.testing.assert_allclose(loss, -weight * likelihood, rtol=1e-5)
-
-
-@pytest.mark.parametrize("name", ["iql", "sac"])
-def test_terminal_rows_have_no_future(request, name):
-    """At mask 0 the target is the reward, wherever the row leads; at mask 1 it is not."""
-    script = request.getfixturevalue(name)
-    config = config_of(script)
-    state, batch = fresh(script, config), batch_of(script, 0)
-    q = q_of(parameters(state)["critic"], batch.observations, batch.actions, np)
-    expected = ((q - batch.rewards) ** 2).mean(axis=1).sum()
-    for mask in (0.0, 1.0):
-        moved = batch.replace(masks=np.full(B, mask, np.float32),
-                              next_observations=100 * batch.next_observations)
-        compute = compiled(script, "critic_loss", config)
-        loss, _ = compute(state.critic.params, state, moved, state.key)
-        assert np.isclose(loss, expected, rtol=1e-5) == (mask == 0)
-
-
-def test_actor_learning_rate(iql):
-    """Cosine to 0 over the offline updates, then constant or another cosine over the online ones;
-    constant where nothing is to decay."""
-    config = config_of(iql, offline_steps=100)
-    rates = [float(iql.actor_schedule(config)(i)) for i in (0, 50, 99, 100, 101, 10**6)]
-    np.testing.assert_allclose(rates, 3e-4 * np.array([1, 0.5, 2.4672e-4, 1, 1, 1]), rtol=1e-3)
-    for change in ({"decay_actor_lr": False}, {"init_from": "x"}, {"offline_steps": 0}):
-        schedule = iql.actor_schedule(dataclasses.replace(config, **change))
-        np.testing.assert_allclose([schedule(i) for i in (0, 50, 99, 200)], 3e-4, rtol=1e-6)
-    config = dataclasses.replace(
-        config, online_steps=100, utd_ratio=2, decay_actor_lr_online=True)
-    rates = [float(iql.actor_schedule(config)(i)) for i in (0, 50, 99, 100, 200, 300)]
-    np.testing.assert_allclose(rates, 3e-4 * np.array([1, 0.5, 2.4672e-4, 1, 0.5, 0]), atol=1e-9)
-
-
-def test_dropout_only_in_training(iql):
-    config = config_of(iql, dropout_rate=0.5)
-    state, batch = fresh(iql, config), batch_of(iql, 0)
-    loss = partial(compiled(iql, "actor_loss", config), state.actor.params, state, batch)
-    losses = {float(loss(jax.random.PRNGKey(i))[0]) for i in range(3)}
-    assert len(losses) == 3
-    tree = parameters(state)["actor"]["params"]
-    mean = np.tanh(dense(tree, "Dense_0", hidden(tree, batch.observations, np)))
-    np.testing.assert_allclose(iql.mode_actions(state, batch.observations), mean, atol=1e-5)
-    still = jax.tree.map(np.copy, state.actor.params)
-    still["params"]["log_std"][:] = -99.0  # clipped to -5
-    quiet = state.replace(actor=state.actor.replace(params=still))
-    action = iql.sample_action(quiet, batch.observations[0], jax.random.PRNGKey(0))
-    np.testing.assert_allclose(action, np.clip(mean[0], -1, 1), atol=5 * math.exp(-5))
-
-
-def test_iql_policy_stays_in_its_bounds(iql):
+@pytest.mark.parametrize("name", ["iql", "bc"])
+def test_gaussian_policy_drops_out_in_training_and_stays_in_its_bounds(request, name):
     """log_std is clipped to [-5, 2], the mean is in [-1, 1], so are sampled actions."""
-    state = fresh(iql, config_of(iql))
-    sample = jax.jit(jax.vmap(iql.sample_action, in_axes=(None, None, 0)))
-    for log_std, expected in ((7.0, math.exp(2)), (-9.0, math.exp(-5)), (0.5, math.exp(0.5))):
-        params = jax.tree.map(np.copy, state.actor.params)
-        params["params"]["log_std"][:] = log_std
-        policy = state.actor.apply_fn(params, 100 * batch_of(iql, 0).observations)
+    script, keys = request.getfixturevalue(name), jax.random.split(jax.random.PRNGKey(0), 50)
+    config = config_of(script, dropout_rate=0.5)
+    agent, batch = fresh(script, config), batch_of(script, 0)
+    loss = partial(compiled(script, "actor_loss", config), agent.actor.params, agent, batch)
+    assert len({float(loss(key)[0]) for key in keys[:3]}) == 3
+    mean, _ = gaussian(parameters(agent)["actor"], batch.observations, np)
+    np.testing.assert_allclose(script.act(agent, batch.observations, config), mean, atol=1e-5)
+    for log_std, expected in ((7.0, math.exp(2)), (0.5, math.exp(0.5)), (-9.0, math.exp(-5))):
+        agent.actor.params["params"]["log_std"][:] = log_std
+        policy = agent.actor.apply_fn(agent.actor.params, 100 * batch.observations)
         np.testing.assert_allclose(policy.stddev(), expected, rtol=1e-5)
         assert np.abs(policy.mean()).max() <= 1.0
-        wide = state.replace(actor=state.actor.replace(params=params))
-        keys = jax.random.split(jax.random.PRNGKey(0), 50)
-        actions = sample(wide, np.ones(OBS, np.float32), keys)
-        assert np.abs(actions).max() <= 1.0 and np.std(actions, axis=0).min() > 1e-3
+        if name == "iql":
+            sample = jax.vmap(compiled(script, "explore", config), in_axes=(None, None, 0))
+            actions = sample(agent, batch.observations[0], keys)  # (50, A)
+            assert np.abs(actions).max() <= 1.0 and np.std(actions, axis=0).min() > 1e-3
 
 
 def test_sac_actions(sac):
     """Uniform before the first update, the policy's after it; evaluated is tanh(mean)."""
-    state, observation = fresh(sac, config_of(sac)), np.ones(OBS, np.float32)
-    tree = parameters(state)["actor"]["params"]
-    features = hidden(tree, observation[None], np)
-    mean, log_std = dense(tree, "Dense_0", features)[0], dense(tree, "Dense_1", features)[0]
-    np.testing.assert_allclose(sac.mode_actions(state, observation[None])[0], np.tanh(mean), 1e-5)
-    keys = jax.random.split(jax.random.PRNGKey(0), 4000)
-    sample = jax.jit(jax.vmap(sac.sample_action, in_axes=(None, None, 0)))
-
-    def quantiles(step):
-        moved = state.replace(critic=state.critic.replace(step=np.int32(step)))
-        actions = sample(moved, observation, keys)  # (4000, A)
-        return np.quantile(actions, [0.1587, 0.5, 0.8413], axis=0)
-
-    uniform = np.array([-0.6827, 0.0, 0.6827])[:, None].repeat(A, 1)
-    np.testing.assert_allclose(quantiles(0), uniform, atol=0.06)
-    gaussian = np.tanh(mean + np.array([[-1.0], [0.0], [1.0]]) * np.exp(log_std))
-    np.testing.assert_allclose(quantiles(1), gaussian, atol=0.06)
+    config, keys = config_of(sac), jax.random.split(jax.random.PRNGKey(0), 4000)
+    agent, observation = fresh(sac, config), np.ones((1, OBS), np.float32)
+    median, _ = squashed_sample(parameters(agent)["actor"], observation, 0.0, np)  # (1, A)
+    upper, _ = squashed_sample(parameters(agent)["actor"], observation, 1.0, np)
+    np.testing.assert_allclose(sac.act(agent, observation, config), median, rtol=1e-5)
+    sample = jax.vmap(compiled(sac, "explore", config), in_axes=(None, None, 0))
+    for step, expected in ((0, [[0.0] * A, [0.6827] * A]), (1, [median[0], upper[0]])):
+        moved = agent.replace(critic=agent.critic.replace(step=np.int32(step)))
+        found = np.quantile(sample(moved, observation[0], keys), [0.5, 0.8413], axis=0)
+        np.testing.assert_allclose(found, expected, atol=0.06)
 
 
-def test_temperature_goes_towards_the_target_entropy(sac):
-    """Above its target of -1 per action entropy is too dear: its price falls; below it rises."""
-    config = config_of(sac, learning_rate=1e-2)
-    state = fresh(sac, config)
-    for entropy, sign in ((0.0, -1), (-1.9, -1), (-2.1, 1), (-9.0, 1)):
-        new, _ = sac.gradient_step(
-            state.temperature, sac.temperature_loss, state, entropy, A, config
-        )
-        move = new.apply_fn(new.params) - state.temperature.apply_fn(state.temperature.params)
-        assert np.sign(move) == sign
+def test_percent_bc_keeps_the_best_trajectories(bc):
+    """Returns 3, 5, 2, 8 of episodes of 3, 1, 4 and 2 steps."""
+    rewards, numbers = np.float32([1, 1, 1, 5, 0.5, 0.5, 0.5, 0.5, 4, 4]), np.arange(10)
+    ends = np.float32([0, 0, 1, 1, 0, 0, 0, 1, 0, 1])
+    rows = bc.Batch(numbers, numbers, rewards, numbers, numbers, ends)
+    for share, kept in ((0.5, [3, 8, 9]), (0.0, [8, 9]), (0.75, [0, 1, 2, 3, 8, 9]), (1, numbers)):
+        np.testing.assert_array_equal(bc.best_trajectories(rows, share).observations, kept)
 
 
-@pytest.mark.parametrize("name", ["iql", "sac"])
-def test_extreme_inputs_stay_finite(request, name):
+@pytest.mark.parametrize("saturated", [0, 1])
+def test_extreme_inputs_stay_finite(script, saturated):
     """Rewards of 1e6, observations of 1e3, a batch of one, actions at the bounds, a saturated
     policy: finite losses and finite parameters, also after updates on what came out."""
-    script = request.getfixturevalue(name)
-    config = UPDATE[name](script)  # compiled already
-    update, base = compiled(script, "update_step", config), fresh(script, config)
-    saturated = jax.tree.map(np.copy, base.actor.params)
-    saturated["params"]["Dense_0"]["bias"][:] = [60.0, -60.0]
-    for actor in (base.actor.params, saturated):
-        for size, change in ((B, {"rewards": 1e6}), (B, {"observations": 1e3}), (1, {}),
-                             (B, {"actions": 1e9}), (1, {"rewards": -1e6})):
-            batch = batch_of(script, 3, size)
-            batch = batch.replace(**{k: v * getattr(batch, k) for k, v in change.items()})
-            batch = batch.replace(actions=np.clip(batch.actions, -1, 1).astype(np.float32))
-            batch = jax.tree.map(np.float32, batch)
-            state = base.replace(actor=base.actor.replace(params=actor))
-            for _ in range(2):
-                state, info = update(state, batch)
-                leaves = [*jax.tree.leaves(info), *jax.tree.leaves(parameters(state))]
-                assert all(np.isfinite(x).all() for x in leaves), (size, change, info)
+    config = config_of(script)
+    cases = [(B, "rewards", 1e6), (B, "observations", 1e3), (B, "actions", 1e9), (1, "masks", 1)]
+    for size, field, factor in [*cases, (1, "rewards", -1e6)]:
+        agent, batch = fresh(script, config), batch_of(script, 3, size)
+        agent.actor.params["params"]["Dense_0"]["bias"] += saturated * np.float32([60, -60])
+        batch = batch.replace(**{field: np.float32(factor) * getattr(batch, field)})
+        batch = batch.replace(actions=np.clip(batch.actions, -1, 1))
+        for _ in range(2):
+            agent, info = compiled(script, "update", config)(agent, batch)
+            assert all(np.isfinite(x).all() for x in jax.tree.leaves((info, parameters(agent))))

@@ -1,17 +1,18 @@
-"""results/report.py and check.py: sound records only, right statistics, a page that works."""
+"""results/report.py, evaluate.py, speed.py: sound records only, each seed shown, a page to read."""
 
+import ast
 import json
-import os
+import re
 import shutil
 import subprocess
-import sys
 
-import numpy as np
 import pytest
-from conftest import ROOT, load_script
+from conftest import ROOT, load_script, run_script
 
-pytest.importorskip("rliable", reason="pip install -r results/requirements.txt")
 RECORDS = ROOT / "results" / "records"
+RUN = ["--hidden-dims", "16", "16", "--batch-size", "16", "--num-seeds", "2",
+       "--eval-episodes", "2", "--offline-steps", "20", "--online-steps", "20",
+       "--interval", "10"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +27,21 @@ def records(tmp_path):
     for seed in (0, 1):
         path = tmp_path / f"cpu/iql/default/seed{seed}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        record["config"]["seed"] = seed
         record["curve"]["seed"] = [seed] * len(record["curve"]["seed"])
         path.write_text(json.dumps(record))
     return tmp_path
+
+
+def second(entry, rows, after="", seed=0):
+    """A second edition's record with a curve of (phase, step, score)."""
+    phases, steps, scores = zip(*rows, strict=True)
+    curve = {"phase": phases, "step": steps, "seed": [seed] * len(rows), "score": scores,
+             "return": scores}  # fmt: skip
+    return {"edition": 2, "ended": "finished", "name": f"{entry}/default/seed{seed}",
+            "after": after and f"{after}/default/seed{seed}", "steps": {"offline": 4, "online": 5},
+            "config": {"init_from": after}, "reference": {"random": 0, "expert": 1},
+            "command": ["python", "algorithms/iql.py", "--seed", "0"], "curve": curve, "starts": [],
+            "script": "algorithms/iql.py", "dataset_sha256": ""}  # fmt: skip
 
 
 def change(path, edit):
@@ -45,46 +57,12 @@ def test_sound_records_are_read(report, records):
     assert sorted(report.read_records(records)) == [f"cpu/iql/default/seed{i}" for i in (0, 1)]
 
 
-@pytest.mark.parametrize("field", sorted(load_script("results/report.py").FIELDS) + [
-    "versions.script", "versions.dataset_sha256", "curve.seed", "reference.source"])
+@pytest.mark.parametrize("field", ["ended", "versions.script", "curve.seed", "reference"])
 def test_a_missing_field_is_refused_by_name(field, report, records):
     path = records / "cpu/iql/default/seed1.json"
     *outer, name = field.split(".")
     change(path, lambda record: (record[outer[0]] if outer else record).pop(name))
     with pytest.raises(SystemExit, match=f"seed1.json: no .*{field}"):
-        report.read_records(records)
-
-
-def test_a_record_of_an_unknown_commit_is_named(report, records, capsys, monkeypatch):
-    """Unless its script's bytes are those of another commit."""
-    path = records / "cpu/iql/default/seed1.json"
-    change(path, lambda record: record["starts"][0].update(git_commit="0" * 40))
-    made = json.loads(path.read_text())["starts"][0]
-    words = f"{path}: commit {'0' * 40}, which made it, is not in"
-    for hashes, warned in (({made["script_sha256"]}, False), ({"1" * 64}, True)):
-        monkeypatch.setattr(report, "earlier_hashes", lambda script, known=hashes: known)
-        report.read_records(records)
-        assert (words in capsys.readouterr().err) == warned
-
-
-def test_the_hashes_of_a_scripts_past(report):
-    now = report.script_hash("HEAD", "iql.py")
-    assert now is None or now in report.earlier_hashes("iql.py")  # None: no clone, but a copy
-
-
-def test_a_wrong_hash_is_refused_by_name(report, records, monkeypatch):
-    path = records / "cpu/iql/default/seed1.json"
-    made = json.loads(path.read_text())["starts"][0]
-    if report.script_hash(made["git_commit"], "iql.py") is None:  # a clone without its history
-        monkeypatch.setattr(report, "script_hash", lambda *_: made["script_sha256"])
-    change(path, lambda record: record["starts"][0].update(script_sha256="0" * 64))
-    with pytest.raises(SystemExit, match=r"seed1.json: iql.py of commit \w+ has another hash"):
-        report.read_records(records)
-
-
-def test_the_same_run_twice_is_refused_by_name(report, records):
-    shutil.copy(records / "cpu/iql/default/seed1.json", records / "cpu/iql/default/seed9.json")
-    with pytest.raises(SystemExit, match="seed9.json: the same run as .*seed1.json"):
         report.read_records(records)
 
 
@@ -103,187 +81,286 @@ def test_no_json_and_a_cut_curve_are_refused(report, records):
 def test_a_run_that_failed_is_shown(report, records):
     path = records / "cpu/iql/default/seed1.json"
     change(path, lambda record: record.update(ended="not finite: critic_loss"))
-    (records / "cpu/failures.json").write_text('{"cql/x/seed0": "failed (4): disk full"}')
+    (records / "cpu/failures.json").write_text('{"cql/x/seed0": "failed (1): disk full"}')
     read = report.read_records(records)
     shown = report.failures(read, records)
-    assert len(shown) == 2 and "cpu/cql/x/seed0: failed (4): disk full" in shown
-    assert any("seed1: not finite: critic_loss" in text for text in shown)
-    runs = report.group_runs(read)["cpu", "default", "iql"]
+    assert shown == ["cpu/cql/x/seed0: failed (1): disk full",
+                     "cpu/iql/default/seed1: not finite: critic_loss"]  # fmt: skip
+    groups = report.group_runs(read)
+    runs = groups[1, "cpu", "default", "iql"]
     assert [run["online"] is None for run in runs] == [False, True]  # no final value, but a curve
-    assert "2, 1 not ended" in report.results_table(report.group_runs(read))
-
-
-# ------------------------------------------------------------------------------------- Statistics
-
-
-def test_iqm_is_that_of_numpy(report):
-    scores = np.random.RandomState(0).randn(12, 5) * 30 + 50  # 60 values: 15 are cut on each side
-    by_hand = np.sort(scores, axis=None)[15:45].mean()
-    assert abs(report.iqm(scores) - by_hand) < 1e-12
-    estimate, low, high = report.interval(scores, report.iqm)
-    assert abs(estimate - by_hand) < 1e-12
-    # the stratified bootstrap by hand: runs drawn anew within each task
-    draw = np.random.RandomState(1)
-    means = [np.sort(np.stack([draw.choice(scores[:, j], 12) for j in range(5)]), axis=None)[15:45]
-             .mean() for _ in range(2000)]
-    np.testing.assert_allclose([low, high], np.percentile(means, [2.5, 97.5]), atol=2.0)
+    assert "iql, 1 not ended" in report.results_table(groups)
 
 
 def test_what_the_table_says_of_a_run(report):
-    """Offline, online, dip and regret of a curve made by hand."""
-    record = json.loads((RECORDS / "cpu/iql/default/seed0.json").read_text())
-    record |= {"reference": {"random": 0, "expert": 1, "source": "x"}, "offline": 20, "online": 30,
-               "curve": {"phase": ["offline", "offline", "online", "online", "online"],
-                         "step": [10, 20, 10, 20, 30], "seed": [0] * 5,
-                         "score": [10, 60, 40, 60, 90], "return": [1] * 5,
-                         "updates_per_second": [100, 120, 50, 60, 70]}}
-    (run,) = report.runs_of("cpu/iql/default/seed0", record)
-    assert (run["offline"], run["online"], run["dip"]) == (60, 90, 20)
+    """Offline, online, dip, regret and the way back, of a curve made by hand."""
+    rows = [("offline", 2, 10), ("offline", 4, 60), ("online", 10, 40), ("online", 20, 60),
+            ("online", 30, 90)]  # fmt: skip
+    name, record = "second/cpu/iql/default/seed0", second("iql", rows)
+    (run,) = report.runs_of(name, record, {})
+    assert [run[k] for k in ("offline", "online", "lowest", "dip")] == [60, 90, 40, 20]
     assert run["regret"] == pytest.approx((0.6 + 0.4 + 0.1) / 3)
-    assert run["regained"] == 20
-    record["curve"]["score"][2] = 65  # never below
-    (run,) = report.runs_of("cpu/iql/default/seed0", record)
-    assert (run["dip"], run["regained"]) == (0, None)
-    assert report.show([60, 70, 80]) == "70.0 [60.0, 80.0]"  # smallest and largest
-    five = report.show([60, 70, 80, 90, 100])
-    assert five.startswith("80.0 [6") and five != "80.0 [60.0, 100.0]"  # a bootstrap
-    np.random.rand(5)
-    assert report.show([60, 70, 80, 90, 100]) == five  # the same whatever was drawn before
-    assert (report.show([60]), report.show([None])) == ("60.0", "-")
+    assert run["regained"] == 20 and run["steps"] == (4, 5)
+    groups = report.group_runs({name: record, name[:-1] + "1": second("iql", rows, seed=1)})
+    (row,) = report.results_table(groups).splitlines()[2:]
+    assert row == ("| default | iql | 4 | 5 | score | 60.0 · 60.0 | 90.0 · 90.0 | 40.0 · 40.0 | "
+                   "20 · 20 | 0.37 · 0.37 |")  # fmt: skip
+
+
+def test_a_run_from_anothers_agents_has_its_offline_value(report):
+    """The second edition's by the record before; the first one's is the first online evaluation."""
+    before = second("cql-offline", [("pretrain", 3, 5), ("critic", 4, 60)])
+    after = second("cql", [("online", 10, 40)], after="cql-offline")
+    read = {"second/cpu/cql-offline/default/seed0": before, "second/cpu/cql/default/seed0": after}
+    runs = report.group_runs(read)
+    assert runs[2, "cpu", "default", "cql"][0]["offline"] == 60
+    offline = runs[2, "cpu", "default", "cql-offline"][0]["points"]["offline"]
+    assert offline == [(3, 5), (7, 60)]  # phases one after the other
+    first = json.loads((RECORDS / "cpu/cql/pointmaze-umaze/seed0.json").read_text())
+    (run,) = report.runs_of("cpu/cql/pointmaze-umaze/seed0", first, {})
+    assert run["offline"] == run["points"]["online"][0][1] and run["points"]["online"][0][0] == 0
 
 
 # ---------------------------------------------------------------------------- What is in the house
 
 
-def test_everything_generated_is_current(tmp_path):
-    """README's tables, the reading guide's line numbers and the page follow from the records."""
-    done = subprocess.run([sys.executable, "results/report.py", "--check"], cwd=ROOT,
-                          capture_output=True, text=True)  # fmt: skip
-    assert done.returncode == 0, f"python results/report.py was not run: {done.stdout}{done.stderr}"
+def test_everything_generated_is_current():
+    """The tables, the reading guide's line numbers and the page follow from records and scripts."""
+    code, out, err = run_script("results/report.py", "--check", cwd=ROOT)
+    assert code == 0, f"python results/report.py was not run: {out}{err}"
 
 
 def test_every_loss_has_its_equation(report):
-    import ast
-
     for path in report.scripts():
         read = report.reading(path)
-        assert all(each["function"] for each in read["equations"]), path
+        assert read["equations"] and read["metrics"], path
+        assert all(each["function"] for each in read["equations"]), (path, read["equations"])
         losses = {node.name for node in ast.parse(path.read_text()).body
-                  if isinstance(node, ast.FunctionDef) and node.name.endswith("_loss")}
+                  if isinstance(node, ast.FunctionDef) and node.name.endswith("_loss")}  # fmt: skip
         assert losses <= {each["function"] for each in read["equations"]}, path
-        assert read["deviations"], path
 
 
-def on_one_core():
-    """In a child: on how many cores a run has, its last digits depend."""
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+def test_the_links_of_the_page_of_results_lead_somewhere():
+    text = (ROOT / "results/README.md").read_text()
+    links = {link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text)}
+    local = {link for link in links if link and not link.startswith("http")}
+    assert len(local) > 20 and all((ROOT / "results" / link).exists() for link in local)
 
 
-def test_a_record_is_made_again_to_the_bit(tmp_path):
-    command = [sys.executable, "algorithms/iql.py", "--preset", "smoke", "--run-dir",
-               str(tmp_path / "run")]  # fmt: skip
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, preexec_fn=on_one_core)
-    path = tmp_path / "run" / "record.json"
-    assert json.loads(path.read_text())["versions"]["cores"] == 1  # and check.py takes one, too
-    check = [sys.executable, "results/check.py", str(path)]
-    done = subprocess.run(check, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "the same, to the bit" in done.stdout, done.stdout
-    change(path, lambda record: record["curve"]["return"].__setitem__(2, 0.0))
-    done = subprocess.run(check, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "return differs from evaluation 2 on" in done.stdout
-
-
-# ------------------------------------------------------------------------------------------- Page
+# -------------------------------------------------------------------------------------------- Runs
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    """The page in a headless Chromium, as from the file system."""
+def run(tmp_path_factory):
+    """A finished run of iql.py with two seeds."""
+    folder = tmp_path_factory.mktemp("runs") / "iql" / "seed0"
+    code, _, err = run_script("algorithms/iql.py", *RUN, "--run-dir", folder, timeout=300)
+    assert code == 0, err
+    return folder
+
+
+def test_curves_of_any_runs_in_one_picture(run, tmp_path):
+    picture = tmp_path / "curves.png"
+    record = RECORDS / "cpu/iql/default/seed0.json"  # of the first edition, returns as well
+    code, out, err = run_script("results/report.py", "plot", run, record, "--out", picture)
+    assert code == 0 and picture.stat().st_size > 10_000, err
+    mixed = RECORDS / "cpu/iql/hopper-medium/seed0.json"
+    code, out, err = run_script("results/report.py", "plot", run, mixed, "--out", picture)
+    assert code == 1 and "plot them apart" in err and "Traceback" not in err
+    code, out, err = run_script("results/report.py", "plot", tmp_path, "--out", picture)
+    assert code == 1 and "neither a run's folder nor a record" in err
+
+
+def test_a_run_is_evaluated_again_to_the_same_returns_and_filmed(run):
+    code, out, err = run_script("results/evaluate.py", run, "--video", timeout=300)
+    found = re.findall(r"seed (\d): return (\S+)  \((\S+) (\S+)\)", out)
+    rows = [line.split(",") for line in (run / "metrics.csv").read_text().splitlines()]
+    last = [row[rows[0].index("return")] for row in rows[-2:]]
+    assert [mean for _, mean, *_ in found] == last, out + err
+    for _, mean, *each in found:
+        assert float(mean) == pytest.approx(sum(map(float, each)) / 2, abs=0.1)
+    if code == 0:
+        assert (run / "video.mp4").stat().st_size > 1000
+    else:  # a machine without a renderer
+        assert err.startswith("--video: rendering failed") and "libegl1" in err
+
+
+def test_what_is_no_run_is_refused_in_one_line(run, tmp_path):
+    (tmp_path / "damaged").mkdir()
+    shutil.copy(run / "config.json", tmp_path / "damaged")
+    (tmp_path / "damaged" / "checkpoint.npz").write_bytes(b"PK")
+    for folder, words in ((tmp_path, "no run"), (tmp_path / "damaged", "unreadable")):
+        code, out, err = run_script("results/evaluate.py", folder)
+        assert code == 1 and words in err and err.count("\n") == 1, err
+
+
+def test_speed_measures_and_compares(tmp_path):
+    """With budgets too small for its numbers to mean anything."""
+    flags = ["--only", "sac", "--repetitions", "1", "--steps", "40",
+             "--flags", "--hidden-dims 16 16 --batch-size 16 --warmup-steps 10"]  # fmt: skip
+    code, out, err = run_script("results/speed.py", *flags, "--against", ROOT, timeout=300)
+    assert code == 0, err
+    (row,) = [line for line in out.splitlines() if line.startswith("| `sac online`")]
+    cells = [cell.strip().split() for cell in row.strip("|").split("|")]
+    assert all(float(cell[0]) > 0 for cell in cells[1:]) and len(cells) == 8
+
+
+# -------------------------------------------------------------------------------------------- Page
+
+SIZES = {"desktop": (1400, 1000), "phone": (390, 844)}
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    """A headless Chromium."""
     webdriver = pytest.importorskip("selenium.webdriver")
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not chromium or not driver:
-        pytest.skip("apt install chromium chromium-driver")
+    binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not binary or not driver:
+        pytest.skip("apt-get install chromium chromium-driver")
     options = webdriver.ChromeOptions()
-    options.binary_location = chromium
+    options.binary_location = binary
     for flag in ("--headless=new", "--no-sandbox", "--disable-gpu", "--no-first-run",
                  "--disable-background-networking", "--disable-component-update", "--disable-sync",
-                 "--window-size=1400,1000", f"--user-data-dir={tmp_path_factory.mktemp('user')}"):
+                 f"--user-data-dir={tmp_path_factory.mktemp('user')}"):  # fmt: skip
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     browser = webdriver.Chrome(options, webdriver.ChromeService(driver))
-    browser.get((ROOT / "results" / "index.html").as_uri())
     yield browser
     browser.quit()
+
+
+@pytest.fixture(params=SIZES)
+def browser(request, chromium):
+    """The page, freshly opened from the file system, at one of the two sizes."""
+    width, height = SIZES[request.param]
+    size = {"width": width, "height": height, "deviceScaleFactor": 1,
+            "mobile": request.param == "phone"}  # fmt: skip
+    chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    chromium.get((ROOT / "results" / "index.html").as_uri())
+    chromium.wide = request.param == "desktop"
+    yield chromium
+    assert chromium.get_log("browser") == []
+    assert chromium.execute_script("return document.documentElement.scrollWidth <= innerWidth")
 
 
 def find(browser, selector):
     return browser.find_elements("css selector", selector)
 
 
-def test_the_page_loads_without_errors(browser):
-    assert browser.get_log("browser") == []
-    assert find(browser, "#chart canvas")
-    assert len(find(browser, "#table tbody tr")) >= 2
+def test_the_page_opens_with_two_scripts_side_by_side(browser):
+    chosen = [find(browser, f"#{side}")[0].get_attribute("value") for side in ("left", "right")]
+    assert chosen == ["algorithms/cql.py", "algorithms/cal_ql.py"]
+    top = find(browser, "#diff")[0].rect
+    assert top["y"] < 350 and top["width"] > 0.9 * (1376 if browser.wide else 366)
+    headings = [heading.text for heading in find(browser, "h2")]
+    assert headings[0].startswith("Any two scripts") and headings[1] == "Results"
     requests = browser.execute_script("return performance.getEntriesByType('resource').map(x => "
-                                      "x.name).filter(x => !x.startsWith('data:'))")
+                                      "x.name).filter(x => !x.startsWith('data:'))")  # fmt: skip
     assert requests == []  # all is in the one file
-
-
-def test_the_page_filters(browser):
-    (field,) = find(browser, "#filter")
-    total = len(find(browser, "#table tbody tr"))
-    field.send_keys("sac")
-    rows = find(browser, "#table tbody tr")
-    assert 0 < len(rows) < total and all("sac" in row.text for row in rows)
-    field.send_keys(" nothing")
-    assert find(browser, "#table tbody tr") == []
-    field.clear()
-    field.send_keys(" ")
-    assert len(find(browser, "#table tbody tr")) == total
-
-
-def test_the_numbers_lead_to_their_records(browser):
-    links = [link.get_attribute("href") for link in find(browser, "#table tbody a")]
-    assert links and all((RECORDS / link.split("/records/")[1]).is_file() for link in links)
-    find(browser, "#table tbody tr")[0].click()
-    (command,) = find(browser, "#command")
-    assert command.text.startswith("python ")
+    names = {option.text for option in find(browser, "#left option")}
+    assert names == {path.relative_to(ROOT).as_posix() for path in load_script(
+        "results/report.py").scripts()}  # fmt: skip
 
 
 def choose(browser, left, right):
     for side, path in (("left", left), ("right", right)):
         browser.execute_script("const s = document.getElementById(arguments[0]);"
                                "s.value = arguments[1]; s.dispatchEvent(new Event('change'));",
-                               side, path)
+                               side, path)  # fmt: skip
 
 
-PAIRS = [("baselines/sac.py", "algorithms/iql.py"), ("algorithms/cql.py", "algorithms/cal_ql.py")]
+def clipped(browser):
+    return browser.execute_script(
+        "return [...document.querySelectorAll('.code td')].filter("
+        "x => x.scrollWidth > x.clientWidth).map(x => x.textContent)"
+    )
 
 
-@pytest.mark.parametrize("left, right", PAIRS)
-def test_two_scripts_side_by_side(left, right, browser):
+@pytest.mark.parametrize("left, right", [
+    ("baselines/sac.py", "algorithms/iql.py"), ("algorithms/cql.py", "algorithms/cal_ql.py"),
+])  # fmt: skip
+def test_a_diff_has_every_line_whole(left, right, browser):
     choose(browser, left, right)
     removed, added = (find(browser, f"td.{kind}") for kind in ("del", "add"))
-    diff = subprocess.run(["diff", left, right], cwd=ROOT, capture_output=True, text=True).stdout
-    assert len(removed) == pytest.approx(diff.count("\n<"), rel=0.1, abs=5)
-    assert len(added) == pytest.approx(diff.count("\n>"), rel=0.1, abs=5)
-    assert any("critic_loss" in cell.text for cell in find(browser, ".code td"))
-    equations = [cell.text for cell in find(browser, "td.equation") if cell.text]
-    assert len(equations) >= 4
+    command = ["diff", "--minimal", left, right]
+    diff = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    assert (len(removed), len(added)) == (diff.count("\n<"), diff.count("\n>"))
+    assert clipped(browser) == []
+    columns = len(find(browser, ".code col"))
+    assert columns == (4 if browser.wide else 2)  # side by side, or one below the other
+    assert len([cell for cell in find(browser, "td.equation") if cell.text]) >= 3
+    folds = len(find(browser, "td.fold"))
+    browser.execute_script("document.querySelector('td.fold').click()")
+    assert len(find(browser, "td.fold")) == folds - 1 and clipped(browser) == []
     choose(browser, left, left)
     assert find(browser, "td.del") + find(browser, "td.add") == []
-    assert browser.get_log("browser") == []
 
 
-def test_the_page_on_a_phone(browser):
-    phone = {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
-    try:
-        for row in range(len(find(browser, "#table tbody tr"))):
-            browser.execute_script(
-                f"document.querySelectorAll('#table tbody tr')[{row}].click()")
-            width, page = browser.execute_script(
-                "return [innerWidth, document.documentElement.scrollWidth]")
-            assert page <= width + 1
-    finally:
-        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+OPEN_ALL = """
+return [...document.querySelectorAll('tr.run')].map(row => {
+  if (row.classList.contains('chosen')) row.click();
+  row.scrollIntoView({block: arguments[0]});
+  row.click();
+  const box = document.querySelector('tr.chart').getBoundingClientRect();
+  const mine = row.getBoundingClientRect();
+  const looks = [...document.querySelectorAll('.legend button[aria-pressed=true] path')];
+  return {
+    name: row.textContent, top: mine.top, chart: box.top - mine.bottom, bottom: box.bottom,
+    height: innerHeight, wide: document.documentElement.scrollWidth - innerWidth,
+    colors: looks.map(x => x.getAttribute('stroke')),
+    all: [...document.querySelectorAll('.legend path')].map(
+      x => x.getAttribute('stroke') + x.getAttribute('stroke-dasharray')),
+    axes: [...document.querySelectorAll('tr.chart .panels svg')].map(x => x.getAttribute('class')),
+    lines: document.querySelectorAll('tr.chart .panels path').length,
+  };
+});"""
+
+
+@pytest.mark.parametrize("block", ["start", "end"])
+def test_a_click_on_a_row_draws_its_chart_beside_it_in_view(block, browser):
+    """Of every row, wherever it stands on the screen when it is clicked."""
+    opened = browser.execute_script(OPEN_ALL, block)
+    assert len(opened) > 100  # the collapse study's, too
+    for one in opened:
+        assert one["top"] >= -1 and abs(one["chart"]) < 2, one
+        assert one["bottom"] <= one["height"] + 1 and one["wide"] <= 0, one
+        assert one["axes"] in (["offline"], ["online"], ["offline", "online"]), one
+        assert len(one["colors"]) <= 10 and len(set(one["colors"])) == len(one["colors"]), one
+        assert len(set(one["all"])) == len(one["all"]) and one["lines"] > 0, one
+    assert any(len(one["colors"]) == 10 for one in opened)
+    assert any(len(one["axes"]) == 2 for one in opened)
+
+
+def test_the_table_is_whole_and_filters(browser):
+    shown = browser.execute_script("return [...document.querySelectorAll('#table th')].filter("
+                                   "x => x.offsetWidth).map(x => x.textContent)")  # fmt: skip
+    wanted = ["run", "updates", "steps", "offline", "lowest online", "online"]
+    assert shown == (wanted if browser.wide else ["run", "offline", "online"])
+    cut = browser.execute_script(
+        "return [...document.querySelectorAll('.runs td, .runs th')]"
+        ".filter(x => x.scrollWidth > x.clientWidth + 1).map(x => x.textContent)"
+    )
+    assert cut == []
+    total = len(find(browser, "#table tr.run"))
+    (field,) = find(browser, "#filter")
+    field.send_keys("sac")
+    rows = find(browser, "#table tr.run")
+    assert 0 < len(rows) < total and all("sac" in row.text for row in rows)
+    field.send_keys(" nothing")
+    assert find(browser, "#table tr.run") == []
+    browser.execute_script("arguments[0].value = ''; arguments[0].oninput()", field)
+    assert len(find(browser, "#table tr.run")) == total
+
+
+def test_the_numbers_lead_to_their_records_and_other_runs_are_added(browser):
+    browser.execute_script("""
+        const row = [...document.querySelectorAll('#table tr.run')].filter(
+          x => x.textContent.startsWith('iql') && !x.classList.contains('chosen')).pop();
+        row.click(); document.querySelector('tr.chart details').open = true;""")
+    links = [link.get_attribute("href") for link in find(browser, "tr.chart details a")]
+    assert len(links) == 3
+    assert all((RECORDS / link.split("/records/")[1]).is_file() for link in links)
+    assert find(browser, ".command")[0].text.startswith("python algorithms/iql.py")
+    before = len(find(browser, "tr.chart .panels path"))
+    browser.execute_script("document.querySelector('.legend button[aria-pressed=true]').click()")
+    assert len(find(browser, "tr.chart .panels path")) < before

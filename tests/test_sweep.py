@@ -1,11 +1,9 @@
-"""results/sweep.py: a matrix of runs through Ray, killed, continued, on two nodes."""
+"""results/sweep.py: a matrix of runs through Ray, killed, stopped, continued, recorded."""
 
 import contextlib
-import dataclasses
 import json
 import os
-import secrets
-import shutil
+import shlex
 import signal
 import subprocess
 import sys
@@ -16,50 +14,61 @@ import pytest
 import tyro
 from conftest import ROOT, load_script
 
-ray = pytest.importorskip("ray", reason="pip install -r results/requirements.txt")
-BUDGET = ["--offline-steps", "6000", "--online-steps", "300", "--eval-interval", "100",
-          "--log-interval", "100", "--eval-episodes", "1", "--hidden-dims", "16", "16",
-          "--batch-size", "32"]  # fmt: skip
+pytest.importorskip("ray", reason="pip install -r results/requirements.txt")
+linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+BUDGET = ("--hidden-dims 16 16 --batch-size 16 --eval-episodes 1 --offline-steps 400 "
+          "--online-steps 200 --interval 50")  # fmt: skip
+MATRIX = f"""
+[datasets]
+default = ""
+[[trials]]
+script = "algorithms/iql.py"
+datasets = ["default"]
+seeds = 1
+cpu = "{BUDGET}"
+[[trials]]
+name = "bad"
+script = "algorithms/iql.py"
+datasets = ["default"]
+seeds = 1
+cpu = "{BUDGET} --preset none"
+[[trials]]
+name = "next"
+script = "algorithms/iql.py"
+datasets = ["default"]
+seeds = 1
+after = "bad"
+cpu = "{BUDGET} --init-from {{after}}"
+"""
 
 
 @pytest.fixture
-def matrix(pendulum, tmp_path):
-    """A matrix of iql.py on two seeds."""
+def matrix(tmp_path):
     path = tmp_path / "matrix.toml"
-    path.write_text(f"""
-[datasets]
-pendulum = ["--dataset", "{pendulum}", "--env-id", "Pendulum-v1"]
-[[trials]]
-script = "algorithms/iql.py"
-datasets = ["pendulum"]
-seeds = 2
-cpu = {json.dumps(BUDGET)}
-""")
+    path.write_text(MATRIX)
     return path
 
 
 def sweep(matrix, name, *arguments):
-    """Start a sweep with its own runs and records: (process, folder of the runs)."""
+    """Start a sweep with its own runs and records: (process, folder of the first trial's run)."""
     folder = matrix.parent / name
     command = [sys.executable, "results/sweep.py", "--matrix", matrix, "--runs", folder / "runs",
                "--records", folder / "records", *arguments]  # fmt: skip
     process = subprocess.Popen(
         list(map(str, command)), cwd=ROOT, text=True, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-    )
-    return process, folder / "runs" / "iql" / "pendulum"
+    )  # fmt: skip
+    return process, folder / "runs" / "iql" / "default" / "seed0"
 
 
 def scripts_in(folder):
     """{pid of every script that works in a run folder}."""
     found = set()
     for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
+        with contextlib.suppress(OSError):  # it has just ended
             words = path.read_bytes().decode().split("\0")
-        except OSError:  # it has just ended
-            continue
-        if str(folder) in words and "algorithms/iql.py" in words[1]:
-            found.add(int(path.parent.name))
+            if str(folder) in words and "algorithms/iql.py" in words:
+                found.add(int(path.parent.name))
     return found
 
 
@@ -71,171 +80,123 @@ def wait_for(condition, seconds=120):
         time.sleep(0.05)
 
 
-def digest(folder):
-    """What a finished run's agents and evaluations are."""
-    record = json.loads((folder / "record.json").read_text())
-    assert record["ended"] == "finished"
-    curve = {k: v for k, v in record["curve"].items() if k not in ("seconds", "updates_per_second")}
-    return record["state_sha256"], curve
+def read(path):
+    return json.loads(path.read_text())
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
-def test_a_killed_trial_goes_on_to_the_same_bits_and_a_finished_one_is_left(matrix):
-    process, runs = sweep(matrix, "killed")
-    wait_for(lambda: (runs / "seed0" / "checkpoint.npz").exists())
-    (pid,) = scripts_in(runs / "seed0")
+@linux
+def test_a_killed_trial_finishes_with_the_same_agents_and_a_bad_one_is_named(matrix):
+    process, run = sweep(matrix, "killed")
+    wait_for(lambda: (run / "checkpoint.npz").exists())
+    (pid,) = scripts_in(run)
     os.kill(pid, signal.SIGKILL)
     out, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, out
-    resumed = json.loads((runs / "seed0" / "record.json").read_text())["resumes"]
-    assert resumed == 1
+    assert process.returncode == 1 and "1 of 3 finished, 2 failed" in out, out
+    assert "bad/default/seed0: failed (1): --preset none" in out
+    assert "next/default/seed0: failed: the trial that it starts from failed" in out
+    kept = matrix.parent / "killed" / "records" / "cpu"
+    assert set(read(kept / "failures.json")) == {"bad/default/seed0", "next/default/seed0"}
+    record = read(kept / "iql/default/seed0.json")
+    assert record == read(run / "record.json")
+    assert [start["exit_code"] for start in record["starts"]] == [-signal.SIGKILL, 0]
+
     process, whole = sweep(matrix, "whole", "--trial", "0")  # undisturbed, without Ray
     assert process.wait(240) == 0
-    assert digest(runs / "seed0") == digest(whole / "seed0")
-    for seed in ("seed0", "seed1"):
-        kept = matrix.parent / "killed" / "records" / "cpu" / "iql" / "pendulum" / f"{seed}.json"
-        assert kept.read_bytes() == (runs / seed / "record.json").read_bytes()
-    before = {path: path.stat().st_mtime_ns for path in runs.rglob("*")}
-    process, _ = sweep(matrix, "killed")
-    assert process.wait(120) == 0
-    assert {path: path.stat().st_mtime_ns for path in runs.rglob("*")} == before
+    other = read(whole / "record.json")
+    for name in ("agents_sha256", "steps", "dataset_rows", "config", "command"):
+        assert record[name] == other[name], name
+    for name in set(record["curve"]) - {"seconds", "updates_per_second"}:
+        assert record["curve"][name] == other["curve"][name], name
+    assert len(other["starts"]) == 1 and other["steps"] == {"offline": 400, "online": 200}
+
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    process, _ = sweep(matrix, "killed", "--trial", "0")  # a finished one is left alone
+    assert process.wait(60) == 0
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+    matrix.write_text(MATRIX.replace("--offline-steps 400", "--offline-steps 500"))
+    process, _ = sweep(matrix, "killed", "--trial", "0")
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and "made by python" in out and "Traceback" not in out
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
-@pytest.mark.parametrize("background", [False, True])
-def test_a_stopped_sweep_saves_and_a_second_start_goes_on(background, matrix):
-    """By Ctrl-C, and by SIGTERM what a script has started with &, for which SIGINT is ignored."""
-    # Ray sees a signal within seconds: the run must last longer, on a fast or a busy machine
-    matrix.write_text(matrix.read_text().replace('"6000"', '"20000"'))
-    ignore = signal.signal(signal.SIGINT, signal.SIG_IGN) if background else None
-    process, runs = sweep(matrix, "stopped")
-    if background:
-        signal.signal(signal.SIGINT, ignore)
-    wait_for(lambda: (runs / "seed0" / "checkpoint.npz").exists())
-    process.send_signal(signal.SIGTERM if background else signal.SIGINT)
-    out, _ = process.communicate(timeout=120)
+@linux
+def test_a_stopped_sweep_leaves_no_process_and_goes_on(matrix):
+    matrix.write_text(MATRIX.partition('[[trials]]\nname = "bad"')[0])
+    process, run = sweep(matrix, "stopped")
+    wait_for(lambda: (run / "checkpoint.npz").exists())
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "the same command goes on" in out and "Traceback" not in out
-    assert scripts_in(runs / "seed0") | scripts_in(runs / "seed1") == set()
-    assert json.loads((runs / "seed0" / "record.json").read_text())["ended"] == "SIGTERM"
-    process, _ = sweep(matrix, "stopped")
-    out, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, out
-    assert digest(runs / "seed0") and digest(runs / "seed1")
+    wait_for(lambda: not scripts_in(run), 10)
+    assert not (run / "record.json").exists()
+    process, _ = sweep(matrix, "stopped", "--trial", "0")
+    assert process.wait(240) == 0
+    assert len(read(run / "record.json")["starts"]) == 2
 
 
-def test_a_refused_trial_is_shown_and_the_others_end(matrix):
-    text = matrix.read_text()
-    matrix.write_text(text + text[text.index("[[trials]]") :].replace(
-        "seeds = 2", 'seeds = 1\nname = "bad"').replace('"--batch-size", "32"',
-                                                       '"--batch-size", "0"'))  # fmt: skip
-    process, runs = sweep(matrix, "refused")
-    out, _ = process.communicate(timeout=240)
-    assert process.returncode == 1
-    assert "batch-size" in " ".join(out.split()) or "failed (2)" in out
-    assert digest(runs / "seed0") and digest(runs / "seed1")
-    assert not (matrix.parent / "refused/records/cpu/bad").exists()
+def test_what_a_record_holds(tmp_path):
+    """Of a run made by hand: two seeds, three rounds."""
+    module = load_script("results/sweep.py")
+    trial = module.Trial("iql/default/seeds0-1", "algorithms/iql.py", ("--num-seeds", "2"))
+    source = {"environment": '{"id": "X-v0"}', "units": {}, "reference": [1.0, 5.0],
+              "dataset_sha256": "abc"}  # fmt: skip
+    config = {"script": "iql", "dataset": "hopper/sac-medium-replay-v0", "seed": 0}
+    (tmp_path / "config.json").write_text(json.dumps(config | source))
+    rounds = ("offline", 10, 1), ("offline", 20, 30), ("online", 5, 7)  # phase, step, rate
+    rows = [f"{a},{b},{seed},{b}.5,,{c},2.0" for a, b, c in rounds for seed in (0, 1)]
+    header = "phase,step,seed,return,score,updates_per_second,seconds"
+    (tmp_path / "metrics.csv").write_text("\n".join([header, *rows, ""]))
+    module.np.savez(tmp_path / "checkpoint.npz", **{"agents/x": module.np.arange(3)})
+    start = module.provenance("algorithms/iql.py", False, {0})
+    begun = [start | {"seconds": 3.0, "peak_memory_mb": 5}, start | {"peak_memory_mb": 9}]
+    record = module.make_record(trial, tmp_path, begun)
+    assert record["steps"] == {"offline": 20, "online": 5}
+    assert record["seconds"] == {"offline": 4.0, "online": 2.0}  # not once per seed
+    assert record["updates_per_second"] == {"offline": 30.0, "online": 7.0}  # without compilation
+    assert (record["wall_seconds"], record["peak_memory_mb"]) == (3.0, 9)
+    assert record["reference"] == {"random": 1.0, "expert": 5.0}
+    assert record["dataset_rows"] == 120_000 and record["dataset_sha256"] == "abc"
+    assert record["config"] == {"dataset": config["dataset"], "seed": 0}
+    assert record["curve"]["return"] == [10.5, 10.5, 20.5, 20.5, 5.5, 5.5]
+    assert record["curve"]["score"] == [None] * 6
+    assert len(start["script_sha256"]) == 64 and start["packages"]["jax"] and start["cores"] == 1
+    report = load_script("results/report.py")
+    (tmp_path / "records/cpu/iql/default").mkdir(parents=True)
+    (tmp_path / "records/cpu/iql/default/seeds0-1.json").write_text(json.dumps(record))
+    found = report.group_runs(report.read_records(tmp_path / "records"))
+    assert [run["seed"] for run in found[2, "cpu", "default", "iql"]] == [0, 1]
 
 
-@pytest.mark.parametrize("change, word", [
-    (("algorithms/iql.py", "algorithms/none.py"), "no script"),
-    (('datasets = ["pendulum"]', 'datasets = ["other"]'), "no [datasets] other"),
-    (("seeds = 2", "seeds = 2\nafter = 'cql'"), "nothing of name"),
-    (("seeds = 2", "sseeds = 2"), "see the top of the file"),
+# ----------------------------------------------------------------------------------------- Matrix
+
+
+@pytest.mark.parametrize("old, new, word", [
+    ("algorithms/iql.py", "algorithms/none.py", "no script"),
+    ('datasets = ["default"]', 'datasets = ["other"]', "no [datasets] other"),
+    ('after = "bad"', 'after = "cql"', "nothing of name"),
+    ('name = "bad"', 'name = "iql"', "two trials of name"),
+    ("seeds = 1", "sseeds = 1", "see the top of the file"),
 ])  # fmt: skip
-def test_a_wrong_matrix_is_refused(change, word, matrix):
-    matrix.write_text(matrix.read_text().replace(*change))
-    process, _ = sweep(matrix, "wrong", "--list")
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 1 and word in out and "Traceback" not in out
+def test_a_wrong_matrix_is_refused(old, new, word, matrix):
+    matrix.write_text(MATRIX.replace(old, new))
+    with pytest.raises(SystemExit) as error:
+        load_script("results/sweep.py").read_matrix(matrix, "cpu")
+    assert word in str(error.value)
 
 
 @pytest.mark.parametrize("profile", ["cpu", "gpu"])
-@pytest.mark.parametrize("name", ["matrix.toml", "collapse.toml"])
-def test_every_run_of_a_matrix_is_one_that_its_script_takes(name, profile):
-    """What --list shows can be started: flags, ranges and presets, of every first seed."""
-    read = load_script("results/sweep.py").read_matrix
-    trials, scripts = read(ROOT / "results" / name, profile, Path("data"), Path("runs")), {}
-    assert bool(trials) == ((name, profile) != ("collapse.toml", "gpu"))  # that study is a CPU's
+def test_every_run_of_the_matrix_is_one_that_its_script_takes(profile):
+    """What --list shows can be started: its flags and presets, of every first seed."""
+    trials = load_script("results/sweep.py").read_matrix(ROOT / "results/matrix.toml", profile)
+    assert trials
+    modules = {path: load_script(path) for path in {trial.script for trial in trials}}
     for trial in trials:
-        if not trial.name.split("/")[2].startswith(("seed0", "seeds0")):
-            continue
-        path = Path(trial.command[0])
-        module = scripts.setdefault(path.stem, load_script(f"{path.parent.name}/{path.name}"))
-        config = tyro.cli(module.Config, args=trial.command[1:])
-        module.check_config(dataclasses.replace(config, preset="auto"))
-        assert config.preset in ("auto", *module.PRESETS), trial.name
-
-
-def children(pid):
-    """{pids of all processes below one}."""
-    parents = {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has just ended
-            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
-    found = {pid}
-    while more := {child for child, parent in parents.items() if parent in found} - found:
-        found |= more
-    return found - {pid}
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
-def test_two_nodes_and_the_loss_of_one(matrix, monkeypatch):
-    """Two Ray nodes on this machine, a trial on each; one node is killed with all it runs."""
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    ray, port, home = Path(sys.executable).parent / "ray", 20000 + os.getpid() % 10000, "/tmp/rays"
-    common = ["--num-cpus", "1", "--disable-usage-stats", "--block",
-              "--object-store-memory", "80000000"]  # fmt: skip
-    head = [ray, "start", "--head", "--port", port, "--include-dashboard", "false",
-            "--temp-dir", f"{home}-{os.getpid()}", *common]  # fmt: skip
-    join = [ray, "start", "--address", f"127.0.0.1:{port}", *common]
-    nodes = []
-    try:
-        for command, ready in ((head, "Ray runtime started"), (join, "Ray runtime started")):
-            log = matrix.parent / f"node{len(nodes)}.txt"
-            with open(log, "w") as file:
-                nodes.append(subprocess.Popen(list(map(str, command)), stdout=file, stderr=file))
-            wait_for(lambda log=log, ready=ready: ready in log.read_text())
-        process, runs = sweep(matrix, "nodes", "--address", f"127.0.0.1:{port}")
-        wait_for(lambda: all((runs / s / "checkpoint.npz").exists() for s in ("seed0", "seed1")))
-        lost = children(nodes[1].pid)
-        killed = [s for s in ("seed0", "seed1") if scripts_in(runs / s) & lost]
-        assert len(killed) == 1  # one trial on each node
-        for pid in lost | {nodes[1].pid}:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        out, _ = process.communicate(timeout=400)
-        assert process.returncode == 0, out
-    finally:
-        for pid in [p for node in nodes for p in (*children(node.pid), node.pid)]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        shutil.rmtree(f"{home}-{os.getpid()}", ignore_errors=True)
-    resumed = [s for s in ("seed0", "seed1")
-               if json.loads((runs / s / "record.json").read_text())["resumes"]]  # fmt: skip
-    assert resumed == killed
-    whole, folder = sweep(matrix, "whole", "--only", killed[0], "--trial", "0")
-    assert whole.wait(240) == 0
-    assert digest(runs / killed[0]) == digest(folder / killed[0])
-
-
-@pytest.mark.parametrize("phases, share, left", [
-    ({"pretrain": 500}, 500 / 1600, 1.1), ({"pretrain": 1000, "offline": 100}, 1100 / 1600, 0.5),
-    ({"offline": 400}, 400 / 600, 0.2), ({"offline": 400, "online": 50}, 450 / 600, 0.15),
-    ({"online": 150}, 150 / 200, 0.05), ({"online": 210}, 1.0, 0.0),
-])  # fmt: skip
-def test_progress_of_every_kind_of_run(phases, share, left, tmp_path):
-    """From pretraining, from the dataset, or online from another's agent, which is its first row;
-    a phase that has not begun counts at the pace of the one before; 1 ms per step."""
-    config = dict(pretrain_steps=1000, offline_steps=400, online_steps=200, num_seeds=1)
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    rows = [f"{phase},{step},{step / 1000},,7,1000" for phase, step in phases.items()]
-    header = "phase,step,seconds,score,return,updates_per_second"
-    (tmp_path / "metrics.csv").write_text("\n".join([header, *rows]))
-    found = load_script("results/sweep.py").progress(tmp_path)
-    assert found[0] == list(phases)[-1] and found[2:4] == (1000, 7)
-    assert found[1] == pytest.approx(share) and found[4] == pytest.approx(left)
+        if trial.name.split("/")[2].startswith(("seed0", "seeds0")):
+            module, arguments = modules[trial.script], trial.command("folder")[1:]
+            config = tyro.cli(module.Config, args=arguments)
+            assert config.preset in ("auto", *module.PRESETS), shlex.join(arguments)
 
 
 def test_trials_at_the_same_time_have_a_core_each(tmp_path, monkeypatch):
@@ -250,10 +211,8 @@ def test_trials_at_the_same_time_have_a_core_each(tmp_path, monkeypatch):
     script = tmp_path / "script.py"
     script.write_text("import os\nprint(*os.sched_getaffinity(0))\n")
     with module.own_core() as first:
-        code, line = module.run_script([str(script)], tmp_path / "run", gpu=False)
+        code, memory = module.run_process([str(script)], tmp_path, False, first)
+    assert code == 0 and memory > 1
+    assert (tmp_path / "log.txt").read_text().split() == [str(core) for core in first]
     with module.own_core() as again:
         assert again == first  # given back
-    if len(cores) > 1:
-        assert code == 0 and {int(core) for core in line.split()} == {sorted(cores)[1]}
-    assert module.run_script([str(script)], tmp_path / "gpu", gpu=True)[1].split() == [
-        str(core) for core in sorted(cores)]  # fmt: skip

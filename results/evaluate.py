@@ -1,0 +1,177 @@
+"""Evaluate the agents of a run again: every seed's episodes, and on demand a film.
+
+    python results/evaluate.py runs/iql/hopper/sac-medium-replay-v0/seed0
+    python results/evaluate.py RUN --episodes 100 --video   # and RUN/video.mp4, an episode per seed
+
+The run's checkpoint holds the agents, its config.json the rest: script, settings, environment and
+units. The first episodes start as those of training's evaluations do, so that with as many of them
+the last row of metrics.csv comes out again.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import os
+import sys
+import warnings
+from functools import partial
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RENDERER = "apt-get install libegl1, or libosmesa6 and MUJOCO_GL=osmesa, or use a display"
+
+
+def load_run(folder):
+    """A run's script as a module, and its config.json."""
+    try:
+        said = json.loads((folder / "config.json").read_text())
+        name = said["script"]
+    except (OSError, ValueError, KeyError) as error:
+        raise SystemExit(f"{folder}: no run, for config.json is unreadable ({error})") from None
+    paths = [ROOT / place / f"{name}.py" for place in ("algorithms", "baselines")]
+    path = next((path for path in paths if path.exists()), None)
+    if path is None:
+        raise SystemExit(f"{folder}: made by {name}.py, which is not here")
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except ImportError as error:
+        raise SystemExit(f"{name}.py: {error}: pip install -r requirements.txt") from None
+    return module, said
+
+
+def config_of(module, said, folder, episodes):
+    """The run's Config; JSON's lists become tuples again."""
+    names = {field.name for field in dataclasses.fields(module.Config)}
+    if missing := names - set(said):
+        words = f"{folder}: of another version of {said['script']}.py (no {', '.join(missing)})"
+        raise SystemExit(words)
+    values = {name: as_tuple(said[name]) for name in names}
+    return module.Config(**values | {"eval_episodes": episodes or said["eval_episodes"]})
+
+
+def as_tuple(value):
+    return tuple(map(as_tuple, value)) if isinstance(value, list) else value
+
+
+def restore_agents(module, config, source, folder):
+    """The agents of the checkpoint, with a leading axis of seeds (S, ...)."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    env = make_env(module, source, folder)
+    inputs = {
+        "observation": np.zeros((1, *env.observation_space.shape), np.float32),
+        "action": np.zeros((1, *env.action_space.shape), np.float32),
+    }
+    env.close()
+    keys = jnp.stack([jax.random.PRNGKey(config.seed + i) for i in range(config.num_seeds)])
+    create = partial(module.create_agent, config=config, **inputs)
+    template = {"agents": jax.jit(partial(module.for_each_seed, create))(keys)}
+    arrays, _ = module.load(folder)
+    return module.restore(template, arrays, folder)["agents"]
+
+
+def make_env(module, source, folder):
+    try:
+        return module.make_env(source)
+    except Exception as error:  # not registered, not installed, MUJOCO_GL's library not there
+        line = [*str(error).strip().splitlines(), type(error).__name__][0]
+        gl = os.environ.get("MUJOCO_GL")
+        hint = f" (MUJOCO_GL={gl} may be the reason: {RENDERER})" if gl else ""
+        raise SystemExit(f"{folder}: cannot make its environment: {line}{hint}") from None
+
+
+def evaluate(module, agents, source, config):
+    """Returns (S, E) of an episode in each of S * E environments: training's own evaluation, which
+    gives means over E, with all values kept."""
+    import gymnasium as gym
+    import numpy as np
+
+    shape = config.num_seeds, config.eval_episodes
+    seeds = [10_000 * (config.seed + i) + episode for i, episode in np.ndindex(*shape)]
+    same_step = gym.vector.AutoresetMode.SAME_STEP
+    make = [partial(module.make_env, source)] * len(seeds)
+    envs = gym.vector.SyncVectorEnv(make, autoreset_mode=same_step)
+    (observations, _), returns = envs.reset(seed=seeds), np.full(len(seeds), np.nan)
+    while np.isnan(returns).any():
+        actions = np.asarray(module.act_all(agents, observations.reshape(*shape, -1), config))
+        observations, _, terminated, truncated, info = envs.step(actions.reshape(len(seeds), -1))
+        for i in np.flatnonzero((terminated | truncated) & np.isnan(returns)):
+            returns[i] = info["final_info"]["episode"]["r"][i]
+    envs.close()
+    return returns.reshape(shape)
+
+
+def film(module, agents, source, config, path):
+    """The first evaluation episode of every seed, one after the other, as an .mp4."""
+    import imageio.v2
+    import numpy as np
+
+    spec = json.loads(source["environment"])
+    spec["kwargs"]["render_mode"] = "rgb_array"
+    env = module.make_env(source | {"environment": json.dumps(spec)})
+    writer, frames = None, 0
+    for i in range(config.num_seeds):
+        observation, _ = env.reset(seed=10_000 * (config.seed + i))
+        ended = False
+        while not ended:
+            if writer is None:  # the first frame shows whether there is a renderer at all
+                frame = render(env)
+                writer = imageio.v2.get_writer(path, fps=env.metadata.get("render_fps", 30))
+            writer.append_data(frame if frames == 0 else env.render())
+            frames += 1
+            everyone = np.broadcast_to(observation, (config.num_seeds, 1, len(observation)))
+            action = module.act_all(agents, everyone, config)[i, 0]
+            observation, _, terminated, truncated, _ = env.step(np.asarray(action))
+            ended = terminated or truncated
+    writer.close()
+    env.close()
+    return frames
+
+
+def render(env):
+    try:
+        frame = env.render()
+    except Exception as error:  # one of many, by the missing library
+        line = [*str(error).strip().splitlines(), type(error).__name__][0]
+        raise SystemExit(f"--video: rendering failed ({line}): {RENDERER}") from None
+    if frame is None or frame.ndim != 3:
+        raise SystemExit("--video: the environment has no pictures (render_mode rgb_array)")
+    return frame
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder")
+    parser.add_argument("--episodes", type=int, help="per seed; default: as in training")
+    parser.add_argument("--video", action="store_true", help="write RUN/video.mp4")
+    arguments = parser.parse_args()
+    if arguments.episodes is not None and arguments.episodes < 1:
+        parser.error("--episodes must be at least 1")
+    if arguments.video and not os.environ.get("DISPLAY"):
+        os.environ.setdefault("MUJOCO_GL", "egl")  # before mujoco is imported
+    warnings.simplefilter("ignore")  # other packages' advice
+    module, said = load_run(arguments.run)
+    module.gym.logger.min_level = module.gym.logger.ERROR
+    config = config_of(module, said, arguments.run, arguments.episodes)
+    agents = restore_agents(module, config, said, arguments.run)
+    low, high = said["reference"]
+    for i, returns in enumerate(evaluate(module, agents, said, config)):
+        score = "" if high is None else f"  score {100 * (returns.mean() - low) / (high - low):.1f}"
+        each = " ".join(f"{value:.1f}" for value in returns)
+        print(f"seed {config.seed + i}: return {returns.mean():.6g}{score}  ({each})", flush=True)
+    if arguments.video:
+        path = arguments.run / "video.mp4"
+        frames = film(module, agents, said, config, path)
+        print(f"{path}: {frames} frames")
+
+
+if __name__ == "__main__":
+    main()
