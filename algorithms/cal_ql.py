@@ -421,7 +421,7 @@ def monte_carlo_returns(rewards, masks, ends, config):
     returns = np.array(rewards, np.float64)  # (N,)
     returns[last] /= np.where(repeats > 0, 1 - config.discount, 1.0)
     for i in reversed(range(len(returns) - 1)):
-        returns[i] += config.discount * (1 - ends[i]) * returns[i + 1]
+        returns[i] += config.discount * returns[i + 1] * (1 - ends[i])
     return returns.astype(np.float32)
 
 

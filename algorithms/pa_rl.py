@@ -669,7 +669,7 @@ def monte_carlo_returns(rewards, masks, ends, config):
     returns = np.array(rewards, np.float64)  # (N,)
     returns[last] /= np.where(repeats > 0, 1 - config.discount, 1.0)
     for i in reversed(range(len(returns) - 1)):
-        returns[i] += config.discount * (1 - ends[i]) * returns[i + 1]
+        returns[i] += config.discount * returns[i + 1] * (1 - ends[i])
     return returns.astype(np.float32)
 
 
@@ -845,7 +845,8 @@ def offline_round(agents, buffers, run, first, last, update):
         agents, info = update_steps(agents, dataset, config, update, size)
         totals.append(jax.device_get(info))
         bar.update(size)
-    means = {name: sum(x[name] for x in totals) / (last - first) for name in totals[0]}
+    names = totals[0] if totals else ()
+    means = {name: sum(x[name] for x in totals) / (last - first) for name in names}
     return agents, buffers, means | {"updates": last - first}
 
 
@@ -916,12 +917,10 @@ def parse_config(arguments):
     environment: --env-id's, else the dataset's for evaluation, which is trained in, too."""
     parse = partial(tyro.cli, Config, args=arguments, description=__doc__)
     config, data = parse(), None
-    own = Path(__file__).resolve().parents[1] / "baselines/datasets" / config.dataset / "data"
+    at = Path(__file__).resolve().parents[1] / "baselines/datasets" / config.dataset / "data"
     try:
         if config.dataset:
-            data = (
-                minari.MinariDataset(own) if own.exists() else minari.load_dataset(config.dataset)
-            )
+            data = minari.MinariDataset(at) if at.exists() else minari.load_dataset(config.dataset)
         env = gym.make(config.env_id) if config.env_id else data.recover_environment(eval_env=True)
         if (env.action_space.low != -env.action_space.high).any():
             raise ValueError("the box of its actions is not symmetric")
@@ -974,10 +973,11 @@ def main(arguments=None):
 
         name = "-".join(folder.resolve().parts[1:])[-100:]
         wandb.init(project="offline-to-online", id=name, resume="allow", config=said)
+    skip = -1 if config.init_from else 0  # then the first round has no steps: the score before
     rounds = [
-        (phase, train, first, min(first + config.interval, steps))
-        for phase, steps, train in [*phases(config)][-1 if config.init_from else 0 :]
-        for first in range(0, steps, config.interval)
+        (phase, train, max(first, 0), min(first + config.interval, steps))
+        for phase, steps, train in [*phases(config)][skip:]
+        for first in range(skip * config.interval, steps, config.interval)
     ]
     sizes = [last - first for *_, first, last in rounds]
     bar = tqdm(total=sum(sizes), initial=sum(sizes[:done]), smoothing=0.05, disable=None)

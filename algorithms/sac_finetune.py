@@ -1,8 +1,8 @@
 r"""SAC fine-tuning: an agent pre-trained offline goes on with plain off-policy RL, four ways.
 
-Offline losses are said to improve slowly online. Plain SAC is fast but may unlearn the policy: the
-critic is right where the data were, and wrong where the policy goes now. Offline this is CQL;
-online its difference is dropped, and --mode says how the collapse is met:
+Offline losses are said to improve slowly online. Plain SAC is fast but may unlearn the policy, for
+the critic is wrong where the data were not, and there the policy goes. Offline this is CQL; online
+its difference is dropped, and --mode says how the collapse is met:
 
     naive         not at all: SAC on the new transitions only
     mixed         half of every batch from the dataset
@@ -12,9 +12,8 @@ online its difference is dropped, and --mode says how the collapse is met:
     Zhou et al.: Efficient Online RL Fine-Tuning Need Not Retain Offline Data (WSRL), 2412.07762
     Wu et al.: OCR-CFT, arXiv 2412.18855 (the conservative mode's constraint)
 
-    L_Q     = sum_i E[ (r + discount * V(s') - Q_i(s, a))^2 ], offline + cql_alpha * D_i of cql.py
+    L_Q     = sum_i E[ (r + discount * V(s') - Q_i(s, a))^2 ], offline + cql_alpha * D_i, cql.py's
     V(s')   = max_j min_i Qtarget_i(s', a'_j), a'_j ~ pi(s'), j = 1 ... backup_actions (offline)
-    L_mult  = -E[ multiplier * cql_alpha * (D - gap) ], offline, with --lagrange
     L_pi    = E[ temperature * log pi(a | s) - min_i Q_i(s, a) ], a ~ pi(s), online in the
               conservative mode + kl_multiplier * mean|Q| * KL(pi || reference)
     L_alpha = -temperature * E[ log pi(a | s) + target_entropy ]
@@ -28,22 +27,21 @@ online its difference is dropped, and --mode says how the collapse is met:
 
 Deviations from the authors' code (github.com/zhouzypaul/wsrl, github.com/QinwenLuo/OCR-CFT):
  1. --mode wsrl alone is WSRL's schedule on plain networks, so that all modes can start from one
-    agent. The last two commands have its ensemble, random pair in the target and LayerNorm, but our
-    domains' settings. Its update calls Adam with a zero gradient for what is not updated, so its
+    agent. The last two commands have its ensemble, random pair in the target and LayerNorm, but
+    cql.py's settings. Its update calls Adam with a zero gradient for what is not updated, so its
     policy moves about twice as far (sqrt 5) as its rate of 1e-4 says: hence 2.2e-4.
  2. Its critics share one output layer (only the hidden layers are an ensemble); ours have heads of
     their own. Our pair is drawn without replacement, and not for the difference; the policy's std
     depends on the state in antmaze, too; policy and temperature see the last of the critic's
     minibatches, not all; the temperature takes the entropy in s, not s'.
  3. naive and mixed update the critic first; WSRL's code, at one update per step, takes all
-    gradients at the old parameters. Their first 1,000 steps are the frozen policy's, too. Rounds
-    begin with fresh episodes; the last are cut off as by a time limit.
+    gradients at the old parameters. The first 1,000 steps are the frozen policy's, too. Rounds
+    begin with fresh episodes; the last are cut off as by a time limit. cql.py's hold, too.
  4. The conservative mode is a reconstruction. From OCR-CFT are the limit's line and a multiplier,
     not its loss, reconstruction and alignment of the critic, penalty in the target, 10 updates per
-    step, multiplier's rate (in its TD3 5e-5) or reference, the best policy so far (here the
-    pre-trained one, or --reference average, with both limits near 0.004). The multiplier stays in
-    1e-3 ... 100; the temperature is held, for the bound may not let the entropy reach its target.
- 5. As in cql.py: initialisation, the temperature's loss, the domains' settings.
+    step, multiplier's rate (in its TD3 5e-5) or reference, the best policy so far (--reference
+    average wants both limits near 0.004). The multiplier stays in 1e-3 ... 100; the temperature is
+    held, for the bound may not let the entropy reach its target.
 """
 
 # /// script
@@ -547,8 +545,10 @@ def fine_tuning_round(agents, buffers, run, first, last):
         agents = begin_online(agents)
     train = partial(online_round, update=online_update, warmup=run[0].warmup_steps)
     agents, buffers, info = train(agents, buffers, run, first, last)
-    size = min(last, buffers.rewards.shape[1])
-    return agents, buffers, info | mean_q(agents, buffers, size, run[1])
+    q = mean_q(agents, buffers, min(last, buffers.rewards.shape[1]), run[1])
+    if last == 0:  # the look before the first step
+        q.pop("online_q")
+    return agents, buffers, info | q
 
 
 # ==== The same bytes in every script from here ==================================================

@@ -377,7 +377,7 @@ def read_flat_file(file):
     ends[-1] = True
     if "next_observations" in rows:
         jump = np.abs(observations[1:] - rows["next_observations"][:-1]) > 1e-6
-        ends[:-1] |= jump.reshape(len(jump), -1).any(axis=1)
+        ends[:-1] |= jump.any(axis=tuple(range(1, jump.ndim)))
         known = np.ones(len(ends), bool)
     else:  # the next row, except at an end: there the file may give it, else it is unknown
         following = np.concatenate([observations[1:], observations[-1:]])

@@ -597,10 +597,11 @@ def main(arguments=None):
 
         name = "-".join(folder.resolve().parts[1:])[-100:]
         wandb.init(project="offline-to-online", id=name, resume="allow", config=said)
+    skip = -1 if config.init_from else 0  # then the first round has no steps: the score before
     rounds = [
-        (phase, train, first, min(first + config.interval, steps))
-        for phase, steps, train in [*phases(config)][-1 if config.init_from else 0 :]
-        for first in range(0, steps, config.interval)
+        (phase, train, max(first, 0), min(first + config.interval, steps))
+        for phase, steps, train in [*phases(config)][skip:]
+        for first in range(skip * config.interval, steps, config.interval)
     ]
     sizes = [last - first for *_, first, last in rounds]
     bar = tqdm(total=sum(sizes), initial=sum(sizes[:done]), smoothing=0.05, disable=None)

@@ -1,9 +1,8 @@
 """TD3+BC: TD3 that also imitates the data; online it goes on so, or as plain TD3.
 
 The smallest change that makes TD3 work on fixed data: the policy ascends Q, divided by its mean
-magnitude, and imitates the action in the batch. Online, --online-loss bc goes on so: it may sink,
-but seldom deep. td3 does not imitate: the policy may leave where the critic is right and collapse,
-which mean Q does not show, but distance_to_offline does.
+magnitude, and imitates the action in the batch. Online, --online-loss bc goes on so; td3 does not
+imitate: the policy may leave where the critic is right, which only distance_to_offline shows.
 
     Fujimoto, Gu: A Minimalist Approach to Offline RL, arXiv 2106.06860; TD3: arXiv 1802.09477
 
@@ -12,16 +11,12 @@ which mean Q does not show, but distance_to_offline does.
     bc      L_pi = -q_weight / mean|Q_1(s, pi(s))| * E[ Q_1(s, pi(s)) ] + E[ (pi(s) - a)^2 ]
     td3     L_pi = -1 / mean|Q_1(s, pi(s))| * E[ Q_1(s, pi(s)) ]
 
-    python baselines/td3_bc.py --online-steps 0 --run-dir RUN     # only the offline phase, then
-    python baselines/td3_bc.py --init-from RUN --online-loss td3  # only the online one
+    python baselines/td3_bc.py --online-loss td3  # or --init-from RUN --online-loss td3
 
 Deviations from the authors' code (github.com/sfujim/TD3_BC):
- 1. The online phase is ours: first 1,000 steps of the offline policy with noise, without updates;
-    the target policy begins as the policy; Adam begins anew, as it remembers other gradients.
- 2. Plain TD3 divides Q by its mean magnitude, too; this is at least 1e-6: rewards may all be 0.
- 3. Orthogonal initialisation, where theirs is PyTorch's default. Mazes' settings are ours.
- 4. The data's actions are clipped to 1 - 1e-5; a cut trajectory keeps its last row (D4RL drops it).
- 5. Rounds begin with fresh episodes, the last ones are cut off, as by a time limit.
+ 1. The online phase is ours: first 1,000 steps of the noisy offline policy; the target policy is
+    then the policy, Adam begins anew; TD3 divides Q by its mean magnitude, too. Mazes are ours.
+ 2. Orthogonal initialisation; cut episodes keep their last rows; rounds begin with fresh episodes.
 """
 
 # /// script
@@ -85,23 +80,18 @@ class Config:
     policy_learning_rate: float = 3e-4  # Adam, policy
     # TD3+BC
     q_weight: float = 2.5  # the paper's alpha: of Q beside the imitation, whose weight is 1
-    num_critics: int = 2  # Q-functions; the minimum is the target, the first one leads the policy
     policy_delay: int = 2  # updates of the critic per update of the policy and of both targets
     target_noise: float = 0.2  # standard deviation, on the target policy's actions
     noise_clip: float = 0.5  # of that noise
     exploration_noise: float = 0.1  # standard deviation, on the actions executed in training
     online_loss: Literal["bc", "td3"] = "bc"  # of the policy, see above
-    normalize_q: bool = True  # online, without imitation: divide Q by its mean magnitude
-    online_optimizer: Literal["carried", "reset"] = "reset"  # both optimisers' states at the switch
-    replay: Literal["online", "append", "half"] = "half"  # new rows; old and new alike; half old
+    offline_ratio: float = 0.5  # of every online batch, from the dataset
     warmup_steps: int = 1_000  # environment steps before the first online update
 
 
-MAZE = dict(reward_shift=-1.0, eval_episodes=100, interval=50_000)
 PRESETS = {  # auto: the first whose name is in the dataset's or the environment's, else mujoco
     "sac-medium-replay": dict(offline_steps=50_000, online_steps=20_000, interval=5_000),
-    "antmaze": MAZE | dict(online_steps=300_000),
-    "pointmaze": MAZE,
+    "maze": dict(reward_shift=-1.0, online_steps=300_000, eval_episodes=100, interval=50_000),
     "mujoco": dict(),
 }
 INIT_FROM = ("td3_bc",)  # scripts whose agents --init-from takes
@@ -110,9 +100,7 @@ METRICS = {  # the algorithm's own columns of metrics.csv, with their healthy ra
     "q": "mean Q of the batch; near or above the dataset's discounted return, never far above",
     "actor_loss": "near -q_weight, with td3 near -1 (near 1: Q is negative)",
     "imitation": "mean squared distance of the policy's actions from the batch's; falls, then flat",
-    "offline_q": "mean Q of dataset rows; may drift where they are no longer replayed",
-    "online_q": "mean Q of new transitions, in the agent's own states",
-    "distance_to_offline": "root mean square of pi(s) - offline pi(s), new s; a jump is a warning",
+    "distance_to_offline": "root mean square of pi - offline pi, last states; a jump is a warning",
 }
 
 
@@ -179,7 +167,7 @@ def create_agent(key, observation, action, config):
     key, actor_key, critic_key = jax.random.split(key, 3)
     last_layer = nn.Dense(action.shape[1], kernel_init=orthogonal)
     actor = nn.Sequential([MLP(config.hidden_dims), last_layer, nn.tanh])  # (B, O) -> (B, A)
-    critic = ensemble(Value, config.num_critics)(config.hidden_dims)
+    critic = ensemble(Value, 2)(config.hidden_dims)  # the first one leads the policy
     actor_params = actor.init(actor_key, observation)
     critic_params = critic.init(critic_key, observation, action)
     adam, policy_adam = optax.adam(config.learning_rate), optax.adam(config.policy_learning_rate)
@@ -214,10 +202,7 @@ def actor_loss(params, agent, batch, key, config, imitate=True):
     q = agent.critic.apply_fn(agent.critic.params, batch.observations, actions)[0]  # (B,)
     magnitude = jnp.maximum(jax.lax.stop_gradient(jnp.abs(q).mean()), 1e-6)  # ()
     imitation = ((actions - batch.actions) ** 2).mean()  # over rows and action dimensions
-    if imitate:
-        loss = -config.q_weight / magnitude * q.mean() + imitation
-    else:
-        loss = -q.mean() / (magnitude if config.normalize_q else 1.0)
+    loss = imitate * imitation - (config.q_weight if imitate else 1.0) / magnitude * q.mean()
     return loss, {"actor_loss": loss, "imitation": imitation}
 
 
@@ -256,8 +241,8 @@ def online_update(agent, batch, config):
 def explore(agent, observation, key, config):
     """The training policy's action (A,) in one observation (O,): the policy's, with noise."""
     action = agent.actor.apply_fn(agent.actor.params, observation[None])[0]  # (A,)
-    noise = config.exploration_noise * jax.random.normal(key, action.shape)  # (A,)
-    return jnp.clip(action + noise, -1.0, 1.0)
+    noise = jax.random.normal(key, action.shape)  # (A,)
+    return jnp.clip(action + config.exploration_noise * noise, -1.0, 1.0)
 
 
 def act(agent, observations, config):
@@ -273,15 +258,12 @@ def phases(config):
 
 
 def online_batch(dataset, buffer, size, key, config):
-    """An online update's batch, see --replay: of the dataset's rows and the `size` new ones."""
-    count, place = len(dataset.rewards), jnp.arange(config.batch_size)  # (B,)
-    must_be_old = (place < config.batch_size // 2) & (config.replay == "half")  # (B,)
-    low = jnp.where(must_be_old | (config.replay == "append"), 0, count)  # (B,)
-    high = jnp.where(must_be_old, count, count + size)  # (B,)
-    rows = jax.random.randint(key, (config.batch_size,), low, high)  # (B,), from `count` on new
+    """An online update's batch: `offline_ratio` dataset rows, the rest of the `size` newest."""
+    offline = jnp.arange(config.batch_size) < config.batch_size * config.offline_ratio  # (B,)
+    rows = jax.random.randint(key, offline.shape, 0, jnp.where(offline, len(dataset.rewards), size))
     old = jax.tree.map(lambda x: x[rows], dataset)
-    new = jax.tree.map(lambda x: x[rows - count], buffer)
-    return jax.tree.map(partial(jax.vmap(jnp.where), rows < count), old, new)
+    new = jax.tree.map(lambda x: x[rows], buffer)
+    return jax.tree.map(partial(jax.vmap(jnp.where), offline), old, new)
 
 
 @partial(jax.jit, donate_argnames="buffers")
@@ -328,38 +310,27 @@ def online_round(agents, buffers, run, first, last, update, warmup=0, every=1, s
     return agents, buffers, means | {"updates": len(infos)}
 
 
-def begin_finetuning(agents, config):
-    """At the switch: the target policy and the offline one, to compare with, are the policy."""
-    actor, critic = agents.actor, agents.critic
-    if config.online_optimizer == "reset":  # to zeros, as Adam begins
-        actor = actor.replace(opt_state=jax.tree.map(jnp.zeros_like, actor.opt_state))
-        critic = critic.replace(opt_state=jax.tree.map(jnp.zeros_like, critic.opt_state))
-    target, offline = jax.tree.map(jnp.copy, (actor.params, actor.params))
-    agents = agents.replace(target_actor_params=target, offline_actor_params=offline)
-    return agents.replace(actor=actor, critic=critic)
-
-
-@jax.jit
-@partial(jax.vmap, in_axes=(0, 0, None, None))
-def look(agent, buffer, size, dataset):
-    """Mean Q of 1,000 old and of 1,000 new rows, and how far the policy has gone, on the latter."""
-    half = Config(replay="half", batch_size=2000)
-    batch = online_batch(dataset, buffer, size, jax.random.PRNGKey(0), half)
-    q = agent.critic.apply_fn(agent.critic.params, batch.observations, batch.actions)  # (N, 2000)
-    states = batch.observations[1000:]  # (1000, O)
-    moved = act(agent, states, half) - agent.actor.apply_fn(agent.offline_actor_params, states)
-    info = {"offline_q": q[:, :1000].mean(), "online_q": q[:, 1000:].mean()}
-    return info | {"distance_to_offline": jnp.sqrt((moved**2).mean())}
-
-
 def td3_round(agents, buffers, run, first, last):
-    """An online round; the switch is before the first one, a look at the agents after each."""
+    """An online round. Before the first one, at the switch, the target policy becomes the policy,
+    the offline one is kept, and both optimisers begin anew: Adam with zeros."""
     if first == 0:
-        agents = begin_finetuning(agents, run[0])
+        target, offline = jax.tree.map(jnp.copy, (agents.actor.params, agents.actor.params))
+        agents = agents.replace(target_actor_params=target, offline_actor_params=offline)
+        for name, network in (("actor", agents.actor), ("critic", agents.critic)):
+            zeros = jax.tree.map(jnp.zeros_like, network.opt_state)
+            agents = agents.replace(**{name: network.replace(opt_state=zeros)})
     train = partial(online_round, update=online_update, warmup=run[0].warmup_steps)
     agents, buffers, info = train(agents, buffers, run, first, last)
-    size = min(last, buffers.rewards.shape[1])
-    return agents, buffers, info | look(agents, buffers, size, run[1])
+    moved = distance(agents, agents.offline_actor_params, buffers, last, run[0])
+    return agents, buffers, info | {"distance_to_offline": moved}
+
+
+def distance(agents, others, buffers, last, config):
+    """Root mean square (S,) of the policies' actions minus other policies', in the last states."""
+    rows = np.arange(max(0, last - 1000), max(1, last)) % buffers.rewards.shape[1]
+    states, there = buffers.observations[:, rows], agents.actor.replace(params=others)  # (S, R, O)
+    actions = [act_all(x, states, config) for x in (agents, agents.replace(actor=there))]
+    return np.sqrt(((actions[0] - actions[1]) ** 2).mean(axis=(1, 2)))
 
 
 # ==== The same bytes in every script from here ==================================================
@@ -468,7 +439,8 @@ def offline_round(agents, buffers, run, first, last, update):
         agents, info = update_steps(agents, dataset, config, update, size)
         totals.append(jax.device_get(info))
         bar.update(size)
-    means = {name: sum(x[name] for x in totals) / (last - first) for name in totals[0]}
+    names = totals[0] if totals else ()
+    means = {name: sum(x[name] for x in totals) / (last - first) for name in names}
     return agents, buffers, means | {"updates": last - first}
 
 
@@ -539,12 +511,10 @@ def parse_config(arguments):
     environment: --env-id's, else the dataset's for evaluation, which is trained in, too."""
     parse = partial(tyro.cli, Config, args=arguments, description=__doc__)
     config, data = parse(), None
-    own = Path(__file__).resolve().parents[1] / "baselines/datasets" / config.dataset / "data"
+    at = Path(__file__).resolve().parents[1] / "baselines/datasets" / config.dataset / "data"
     try:
         if config.dataset:
-            data = (
-                minari.MinariDataset(own) if own.exists() else minari.load_dataset(config.dataset)
-            )
+            data = minari.MinariDataset(at) if at.exists() else minari.load_dataset(config.dataset)
         env = gym.make(config.env_id) if config.env_id else data.recover_environment(eval_env=True)
         if (env.action_space.low != -env.action_space.high).any():
             raise ValueError("the box of its actions is not symmetric")
@@ -594,10 +564,11 @@ def main(arguments=None):
 
         name = "-".join(folder.resolve().parts[1:])[-100:]
         wandb.init(project="offline-to-online", id=name, resume="allow", config=said)
+    skip = -1 if config.init_from else 0  # then the first round has no steps: the score before
     rounds = [
-        (phase, train, first, min(first + config.interval, steps))
-        for phase, steps, train in [*phases(config)][-1 if config.init_from else 0 :]
-        for first in range(0, steps, config.interval)
+        (phase, train, max(first, 0), min(first + config.interval, steps))
+        for phase, steps, train in [*phases(config)][skip:]
+        for first in range(skip * config.interval, steps, config.interval)
     ]
     sizes = [last - first for *_, first, last in rounds]
     bar = tqdm(total=sum(sizes), initial=sum(sizes[:done]), smoothing=0.05, disable=None)

@@ -44,6 +44,12 @@ COLORS = [
     "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf",
 ]  # fmt: skip
 DASHES = ["-", "--", ":"]
+SYMBOLS = {  # left side of an equation: the functions that may hold it, the first one first
+    "L_Q": "critic_loss", "L_V": "value_loss expectile_loss", "L_pi": "actor_loss",
+    "L_alpha": "temperature_loss", "L_mult": "multiplier_loss", "L_kl": "kl_loss",
+    "V": "bellman_error critic_loss", "D": "conservative_difference", "J": "amq_scores",
+    "A": "optimise", "pi*": "optimise", "a'": "local_step",
+}  # fmt: skip
 PHASES = {"offline": "updates offline", "online": "environment steps online"}
 
 
@@ -109,6 +115,8 @@ def runs_of(name, record, records):
     profile, entry, dataset, _ = name.split("/")[-4:]
     unit = "score" if "expert" in record["reference"] else "return"
     steps = record.get("steps", record)
+    others = [phase for phase in record.get("steps", {}) if phase != "online"]
+    updates = steps["offline"] if "offline" in steps else sum(steps[phase] for phase in others)
     parent = records.get(name.rsplit("/", 3)[0] + "/" + record.get("after", "")) or {}
     for seed in dict.fromkeys(curve["seed"]):
         points = curve_points(curve, seed, unit)
@@ -130,8 +138,7 @@ def runs_of(name, record, records):
             "regained": regained(offline, points["online"]) if online else None,
             "regret": float(np.mean([1 - v / 100 for step, v in points["online"] if step]))
             if online and unit == "score" else None,
-            "steps": (int(sum(n for phase, n in steps.items() if phase != "online"))
-                      if edition == 2 else steps["offline"], int(steps.get("online", 0))),
+            "steps": (int(updates), int(steps.get("online", 0))),
         }  # fmt: skip
 
 
@@ -302,41 +309,43 @@ def reading(path):
     functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
     metrics = next((node.value for node in tree.body if isinstance(node, ast.Assign)
                     and getattr(node.targets[0], "id", "") == "METRICS"), None)  # fmt: skip
-    equations = []
+    equations, within = [], False
+    words = r"(?!=)\S(?:\S| (?! ))*?"  # one blank between them, at most
     for line in doc.partition("\nDeviations")[0].splitlines():
-        labelled = re.match(r"    (\S(?:\S| (?! ))*?)\s{2,}(\S.* = .*)$", line)
-        if labelled and not line.strip().startswith("python "):
-            equations.append([labelled[1], labelled[2]])
-        elif equations and re.match(r"     {8,}\S", line):
-            equations[-1][1] += " " + line.strip()
-    found = []
-    for label, formula in equations:
-        node = function_of(label, functions)
-        found.append({
-            "label": label, "formula": re.sub(r"\s+", " ", formula),
-            "function": node.name if node else None,
-            "lines": [node.lineno, node.end_lineno] if node else None,
-        })  # fmt: skip
+        match = re.match(rf"    (?:({words})\s{{2,}})?({words})\s+= (.*)$", line)
+        within = bool(match) or within and line.startswith("     ")
+        if match:
+            equations.append({"label": match[1] or "", "symbol": match[2], "formula": match[3]})
+        elif within:
+            equations[-1]["formula"] += " " + line.strip()
+    for each in equations:
+        node = function_of(each["label"], each["symbol"], functions)
+        each["formula"] = re.sub(r"\s+", " ", f"{each['symbol']} = {each['formula']}")
+        each["function"] = node.name if node else None
+        each["lines"] = [node.lineno, node.end_lineno] if node else None
     return {
         "path": path.relative_to(ROOT).as_posix(),
         "title": doc.splitlines()[0],
-        "equations": found,
+        "equations": equations,
         "metrics": ast.literal_eval(metrics) if metrics else {},
         "lines": text.count("\n"),
         "above_the_rule": text.partition("# ==== The same bytes")[0].count("\n"),
     }
 
 
-def function_of(label, functions):
-    """The function whose docstring begins with an equation's label, or which is named after it."""
+def function_of(label, symbol, functions):
+    """The function whose docstring begins with an equation's number, or which is named after it,
+    or which computes what its left side stands for."""
     word = re.sub(r"[ -]", "_", label.lower())
-    for node in functions.values():
-        if (ast.get_docstring(node) or "").startswith(label):
-            return node
     for name, node in functions.items():
-        if name in (word, f"{word}_loss") or name.endswith(f"_{word}"):
+        doc = ast.get_docstring(node) or ""
+        if label.startswith("Eq.") and doc.startswith(label):
             return node
-    return None
+        if word and (name in (word, f"{word}_loss") or name.endswith(f"_{word}")):
+            return node
+    stem = symbol if symbol.startswith("L_") else re.split(r"[(_]", symbol)[0]
+    names = SYMBOLS.get(stem, "")
+    return next((functions[name] for name in names.split() if name in functions), None)
 
 
 def guide():
@@ -398,11 +407,13 @@ def page_rows(records, groups):
 
 def page(records, groups, failed):
     """index.html: the template with data, sources and the diff library inline."""
-    notes = {}
+    notes = {}  # {script: {line: the equations that stand above it}}
     for read in map(reading, scripts()):
-        found = [each for each in read["equations"] if each["lines"]]
-        notes[read["path"]] = {each["lines"][0]: f"{each['label']}:  {each['formula']}"
-                               for each in found}  # fmt: skip
+        mine = notes[read["path"]] = {}
+        for each in [each for each in read["equations"] if each["lines"]]:
+            text = f"{each['label']}:  {each['formula']}".removeprefix(":  ")
+            line = each["lines"][0]
+            mine[line] = f"{mine[line]}\n{text}" if line in mine else text
     data = {
         "rows": page_rows(records, groups), "failures": failed, "notes": notes, "first": FIRST,
         "sources": {path.relative_to(ROOT).as_posix(): path.read_text() for path in scripts()},

@@ -4,6 +4,7 @@ training script.
 
     python tests/shared_text.py                          # list disagreements
     python tests/shared_text.py --fix algorithms/iql.py  # push that file's versions into the others
+    python tests/shared_text.py --readme                 # write README's table of scripts anew
 """
 
 import argparse
@@ -18,6 +19,29 @@ MAY_DIFFER = {
     "Config", "PRESETS", "MAZE", "INIT_FROM", "METRICS", "Agent", "create_agent",
     "critic_loss", "actor_loss", "value_loss", "temperature_loss", "conservative_difference",
     "update", "online_update", "phases", "online_batch", "explore", "act", "main",
+}  # fmt: skip
+SCRIPTS = {  # README's table: what, paper, nearest sibling
+    "algorithms/iql.py": ("implicit Q-learning", "2110.06169", None),
+    "algorithms/cql.py": ("conservative Q-learning, on SAC", "2006.04779", "algorithms/iql.py"),
+    "algorithms/cal_ql.py": ("calibrated Q-learning", "2303.05479", "algorithms/cql.py"),
+    "algorithms/sac_finetune.py": (
+        "SAC from CQL's agent: naive, mixed, WSRL, conservative", "2412.07762", "algorithms/cql.py"
+    ),
+    "algorithms/td3_c.py": (
+        "TD3 held to a slow pace; a reconstruction", "2303.17396", "baselines/td3_bc.py"
+    ),
+    "algorithms/uni_o4.py": (
+        "PPO offline, gated by a model, and online", "2311.03351", "baselines/ppo.py"
+    ),
+    "algorithms/pa_rl.py": (
+        "any class of policy, by optimised actions", "2412.06685", "algorithms/cal_ql.py"
+    ),
+    "baselines/bc.py": ("behaviour cloning, %BC", "2106.01345", "algorithms/iql.py"),
+    "baselines/td3_bc.py": ("TD3 that imitates", "2106.06860", "algorithms/iql.py"),
+    "baselines/sac.py": ("soft actor-critic, from scratch", "1812.05905", "algorithms/iql.py"),
+    "baselines/rlpd.py": ("SAC with prior data, from scratch", "2302.02948", "baselines/sac.py"),
+    "baselines/ppo.py": ("PPO, from scratch", "1707.06347", "baselines/sac.py"),
+    "baselines/collect.py": ("makes, converts and checks datasets", "2004.07219", None),
 }  # fmt: skip
 MAIN_LINES = 4  # that `main` may have beside those of iql.py's
 
@@ -67,6 +91,24 @@ def main_changes(path, master):
     return [x for x in changes if x[0] == "-"], [x for x in changes if x[0] == "+"]
 
 
+def changed_lines(one, other):
+    """Changed lines from one file to another, module docstrings left out."""
+    texts = [(ROOT / name).read_text().split('"""', 2)[2].splitlines() for name in (one, other)]
+    diff = difflib.unified_diff(*texts, n=0, lineterm="")
+    return len([x for x in diff if x[0] in "+-" and x[:3] not in ("+++", "---")])
+
+
+def readme_table():
+    """The table of scripts."""
+    rows = ["| script | what | paper | lines | changed lines from |", "|---|---|---|---|---|"]
+    for name, (what, paper, sibling) in SCRIPTS.items():
+        lines = len((ROOT / name).read_text().splitlines())
+        link = f"[{paper}](https://arxiv.org/abs/{paper})"
+        changed = f"{changed_lines(sibling, name)} from {Path(sibling).name}" if sibling else ""
+        rows.append(f"| [`{name}`]({name}) | {what} | {link} | {lines} | {changed} |")
+    return "\n".join(rows)
+
+
 def push(master, path):
     """Replace every shared definition in `path` by the one in `master`; returns changed names."""
     wanted, lines, changed = definitions(master), path.read_text().splitlines(keepends=True), []
@@ -81,7 +123,14 @@ def push(master, path):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--fix", type=Path, metavar="FILE", help="the version that all take over")
-    fix = parser.parse_args().fix
+    parser.add_argument("--readme", action="store_true", help="write README's table of scripts")
+    arguments = parser.parse_args()
+    fix, readme = arguments.fix, ROOT / "README.md"
+    if arguments.readme:
+        before, rest = readme.read_text().split("<!-- scripts -->\n")
+        after = rest.split("<!-- end of scripts -->")[1]
+        table = f"<!-- scripts -->\n{readme_table()}\n<!-- end of scripts -->"
+        readme.write_text(before + table + after)
     for script in scripts() if fix else []:
         if script.resolve() != fix.resolve() and RULE in script.read_text():
             print(script.name, push(fix, script))

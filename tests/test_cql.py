@@ -327,10 +327,10 @@ def test_a_mode_sets_what_is_open(mode, sac_finetune, cql, pendulum, tmp_path):
 
 # -------------------------------------------------------------------------------- Online batches
 @pytest.mark.parametrize(("ratio", "offline"), [(0.5, 8), (0.25, 4), (0.0, 0)])
-@pytest.mark.parametrize("name", [*ALL, "rlpd"])
+@pytest.mark.parametrize("name", [*ALL, "rlpd", "td3_bc", "td3_c"])
 def test_an_online_batch_has_its_share_of_dataset_rows(ratio, offline, name, request):
     script, updates = request.getfixturevalue(name), 4 if name in ("rlpd", "sac_finetune") else 1
-    own = {"critic_updates": updates} if updates > 1 else {}
+    own = {"rlpd": {"utd_ratio": 4}, "sac_finetune": {"critic_updates": 4}}.get(name, {})
     config = script.Config(offline_ratio=ratio, batch_size=B, **own)
     dataset = batch_of(script, 0)
     buffer, drawn = jax.tree.map(lambda x: x + 100, dataset), set()
@@ -382,10 +382,11 @@ def test_returns_of_the_dataset(rule, script):
 def test_returns_of_the_buffer_are_those_of_the_dataset(cal_ql, pendulum, tmp_path):
     """Two seeds, a ring that overflows: an episode's returns are there when it has ended, and a
     round's end cuts an episode like a time limit."""
-    flags = ["--dataset", pendulum, "--hidden-dims", "8", "--critic-hidden-dims", "8", "--num-seeds",
-             "2", "--num-actions", "2", "--batch-size", "16", "--eval-episodes", "1", "--interval",
-             "250", "--offline-steps", "10", "--online-steps", "330", "--warmup-steps", "320",
-             "--buffer-size", "300", "--run-dir", str(tmp_path)]  # fmt: skip
+    flags = ["--dataset", pendulum, "--hidden-dims", "8", "--critic-hidden-dims", "8",
+             "--batch-size", "16", "--num-seeds", "2", "--num-actions", "2",
+             "--eval-episodes", "1", "--interval", "250", "--offline-steps", "10",
+             "--online-steps", "330", "--warmup-steps", "320", "--buffer-size", "300",
+             "--run-dir", str(tmp_path)]  # fmt: skip
     cal_ql.main(flags)
     arrays, meta = cal_ql.load(tmp_path)
     in_time = np.arange(30, 330) % 300
@@ -442,7 +443,7 @@ def test_rlpd_losses_are_the_papers(entropy_backup, rlpd):
 
 
 def test_rlpd_makes_many_critic_updates_and_one_of_the_policy(rlpd):
-    config = rlpd.Config(hidden_dims=(16, 8), batch_size=B, num_critics=3, critic_updates=5)
+    config = rlpd.Config(hidden_dims=(16, 8), batch_size=B, num_critics=3, utd_ratio=5)
     agent, batch = fresh(rlpd, config), batch_of(rlpd, 0, size=5 * B)
     new, _ = compiled(rlpd, "update", config)(agent, batch)
     assert (new.critic.step, new.actor.step, new.temperature.step) == (5, 1, 1)

@@ -55,10 +55,16 @@ def normalised(tree, x, xp):
 def normalised_q(params, observations, actions, xp):
     """(N, B) of critics with LayerNorm."""
     stacked, x = params["params"]["VmapCritic_0"], xp.concatenate([observations, actions], axis=1)
-    members = [jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
-               for i in range(len(stacked["ScalarHead_0"]["bias"]))]
-    return xp.stack([(normalised(m, x, xp) @ m["ScalarHead_0"]["kernel"])[:, 0]
-                     + m["ScalarHead_0"]["bias"] for m in members])
+    members = [
+        jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
+        for i in range(len(stacked["ScalarHead_0"]["bias"]))
+    ]
+    return xp.stack(
+        [
+            (normalised(m, x, xp) @ m["ScalarHead_0"]["kernel"])[:, 0] + m["ScalarHead_0"]["bias"]
+            for m in members
+        ]
+    )
 
 
 # ----------------------------------------------------------------------------------- sac_finetune
@@ -86,7 +92,8 @@ def conservative_actor(p, s, b, noise, c, xp):
 def test_online_losses_are_those_of_sac(mode, sac_finetune):
     script, key = sac_finetune, jax.random.PRNGKey(5)
     config = script.Config(
-        **SHAPES, mode=mode, critic_updates=1, backup_actions=7, online_backup_actions=2)
+        **SHAPES, mode=mode, critic_updates=1, backup_actions=7, online_backup_actions=2
+    )
     # the critic: CQL's with weight 0
     plain = script.Config(**SHAPES, cql_alpha=0.0, backup_actions=2)
     noise = test_cql.noises_of(script, plain, jax.random.PRNGKey(0), key)
@@ -101,14 +108,18 @@ def test_online_losses_are_those_of_sac(mode, sac_finetune):
         s["reference"] = jax.tree.map(np.float64, reference)
         s["kl_multiplier"] = jax.tree.map(np.float64, state.kl_multiplier.params)
         found, _ = compiled(script, "online_critic_loss", config)(
-            state.critic.params, state, batch, key)
+            state.critic.params, state, batch, key
+        )
         np.testing.assert_allclose(
-            found, critic_of(s["critic"], s, b, noise, plain, np, False), rtol=1e-5)
+            found, critic_of(s["critic"], s, b, noise, plain, np, False), rtol=1e-5
+        )
         found, info = compiled(script, "online_actor_loss", config)(
-            state.actor.params, state, batch, key)
+            state.actor.params, state, batch, key
+        )
         if mode == "naive":
             np.testing.assert_allclose(
-                found, actor_of(s["actor"], s, b, noise, config, np), rtol=1e-5)
+                found, actor_of(s["actor"], s, b, noise, config, np), rtol=1e-5
+            )
         else:
             expected, kl = conservative_actor(s["actor"], s, b, noise, config, np)
             np.testing.assert_allclose(found, expected, rtol=1e-4)
@@ -119,8 +130,14 @@ def test_online_losses_are_those_of_sac(mode, sac_finetune):
 def test_naive_updates_replayed_step_by_step(sac_finetune):
     """Q; then pi against the new Q, temperature; the target after Q."""
     script = sac_finetune
-    config = script.Config(**SHAPES, critic_updates=1, learning_rate=1e-2, tau=0.2, cql_alpha=0.0,
-                           policy_learning_rate=3e-3)
+    config = script.Config(
+        **SHAPES,
+        critic_updates=1,
+        learning_rate=1e-2,
+        tau=0.2,
+        cql_alpha=0.0,
+        policy_learning_rate=3e-3,
+    )
     state, noises = fresh(script, config), []
     batches, key = [batch_with_returns(script, i) for i in range(3)], state.key
     for _ in batches:
@@ -132,8 +149,9 @@ def test_naive_updates_replayed_step_by_step(sac_finetune):
     order = {"critic": (partial(critic_of, calibrated=False), ()), "actor": (actor_of, ("critic",)),
              "temperature": (temperature_of, ())}  # fmt: skip
     rates = {"critic": [1e-2] * 3, "actor": [3e-3] * 3, "temperature": [3e-3] * 3}
-    s, moments = replay(parameters(state), [float64(b) for b in batches], noises, order, rates,
-                        config)
+    s, moments = replay(
+        parameters(state), [float64(b) for b in batches], noises, order, rates, config
+    )
     update = compiled(script, "online_update", config)
     for batch in batches:
         state, _ = update(state, batch)
@@ -151,9 +169,11 @@ def test_the_price_of_the_kl_rises_above_its_limit(kl, sign, sac_finetune):
     assert np.sign(after - before) == sign
     late = state.replace(kl_multiplier=state.kl_multiplier.replace(step=config.kl_steps))
     low, _ = jax.grad(script.kl_loss, has_aux=True)(
-        late.kl_multiplier.params, late, np.float32(1.9), config)
+        late.kl_multiplier.params, late, np.float32(1.9), config
+    )
     high, _ = jax.grad(script.kl_loss, has_aux=True)(
-        late.kl_multiplier.params, late, np.float32(2.1), config)
+        late.kl_multiplier.params, late, np.float32(2.1), config
+    )
     signs = [float(jax.tree.leaves(x)[0]) > 0 for x in (low, high)]
     assert signs == [True, False]  # the limit is 2 by now
 
@@ -184,10 +204,20 @@ def test_the_conservative_mode_holds_the_policy_and_naive_lets_it_go(sac_finetun
     states = np.array([[-1.0], [1.0]], np.float32)
     for mode in ("naive", "conservative"):
         config = script.Config(
-            mode=mode, hidden_dims=(32, 32), critic_hidden_dims=(32, 32), batch_size=64, tau=0.05,
-            learning_rate=3e-3, policy_learning_rate=3e-3, critic_updates=1, warmup_steps=0,
-            offline_ratio=1.0, kl_limit=0.05, kl_limit_end=0.05,
-            kl_learning_rate=3e-2, utd_ratio=300,
+            mode=mode,
+            hidden_dims=(32, 32),
+            critic_hidden_dims=(32, 32),
+            batch_size=64,
+            tau=0.05,
+            learning_rate=3e-3,
+            policy_learning_rate=3e-3,
+            critic_updates=1,
+            warmup_steps=0,
+            offline_ratio=1.0,
+            kl_limit=0.05,
+            kl_limit_end=0.05,
+            kl_learning_rate=3e-2,
+            utd_ratio=300,
         )
         state = one_agent(script, config, 1)
         state = jax.vmap(script.begin_online)(state)
@@ -196,7 +226,8 @@ def test_the_conservative_mode_holds_the_policy_and_naive_lets_it_go(sac_finetun
         buffer = buffer.replace(size=buffer.size + 1)
         for _ in range(4):
             state, _, info = script.online_step(
-                state, buffer, np.ones((1, 1), np.float32), dataset, config, True)
+                state, buffer, np.ones((1, 1), np.float32), dataset, config, True
+            )
         after = script.mode_actions(first(state), states)
         moved[mode] = np.abs(after - before).max(), np.abs(after[:, 0] - best_action(states)).max()
         if mode == "conservative":
@@ -236,9 +267,7 @@ def flags(pendulum):
 
 
 @pytest.mark.parametrize("mode", ["naive", "mixed", "wsrl", "conservative"])
-def test_a_mode_sets_what_is_open_and_resumes_to_the_same_bits(
-    mode, reused, flags, tmp_path
-):
+def test_a_mode_sets_what_is_open_and_resumes_to_the_same_bits(mode, reused, flags, tmp_path):
     folders = [tmp_path / name for name in ("whole", "killed")]
     for folder in folders:
         folder.mkdir()
@@ -251,8 +280,10 @@ def test_a_mode_sets_what_is_open_and_resumes_to_the_same_bits(
     steps = arrays["state/critic/step"][0]
     # offline 40; WSRL's first 5,000 steps are the frozen policy's
     assert steps == 40 + (0 if mode == "wsrl" else 100 * opened["critic_updates"])
-    moved = not np.array_equal(arrays["state/reference_params/params/Dense_0/kernel"],
-                               arrays["state/actor/params/params/Dense_0/kernel"])
+    moved = not np.array_equal(
+        arrays["state/reference_params/params/Dense_0/kernel"],
+        arrays["state/actor/params/params/Dense_0/kernel"],
+    )
     assert moved == (mode != "wsrl")
     with pytest.raises(Killed), on_call(reused, "step_rollout", 70, die):
         go(reused, folders[1], flags)
@@ -281,12 +312,30 @@ def test_networks_of_another_depth_are_refused(
         flags = ["--hidden-dims", *["8"] * depth]
         return flags if script == "iql" else [*flags, "--critic-hidden-dims", *["8"] * depth]
 
-    done = go(other, tmp_path, [*base, *widths(name, theirs), "--offline-steps", "20",
-                                "--log-interval", "20", "--eval-interval", "20",
-                                "--online-steps", "0", "--run-dir", "theirs"])
+    done = go(
+        other,
+        tmp_path,
+        [
+            *base,
+            *widths(name, theirs),
+            "--offline-steps",
+            "20",
+            "--log-interval",
+            "20",
+            "--eval-interval",
+            "20",
+            "--online-steps",
+            "0",
+            "--run-dir",
+            "theirs",
+        ],
+    )
     assert done.code == 0, done.err
-    done = go(sac_finetune, tmp_path, [*base, *widths("", ours), "--init-from", "theirs",
-                                       "--run-dir", "ours"])
+    done = go(
+        sac_finetune,
+        tmp_path,
+        [*base, *widths("", ours), "--init-from", "theirs", "--run-dir", "ours"],
+    )
     assert done.code == 2 and len(done.err.splitlines()) == 1
     assert "Dense_" in done.err or "ScalarHead" in done.err
 
@@ -298,8 +347,22 @@ def test_agents_of_other_scripts_are_taken_over(name, request, sac_finetune, pen
     shapes = ["--hidden-dims", "16", "16", "--dataset", str(pendulum), "--env-id", "Pendulum-v1",
               "--preset", "smoke", "--eval-episodes", "3"]  # fmt: skip
     wide = [] if name == "iql" else ["--critic-hidden-dims", "16", "16"]
-    done = go(other, tmp_path, [*shapes, *wide, "--offline-steps", "100", "--online-steps", "0",
-                                "--reward-scale", "0.5", "--run-dir", "theirs"])
+    done = go(
+        other,
+        tmp_path,
+        [
+            *shapes,
+            *wide,
+            "--offline-steps",
+            "100",
+            "--online-steps",
+            "0",
+            "--reward-scale",
+            "0.5",
+            "--run-dir",
+            "theirs",
+        ],
+    )
     assert done.code == 0, done.err
     flags = [*shapes, "--critic-hidden-dims", "16", "16", "--online-steps", "20",
              "--log-interval", "20", "--eval-interval", "20", "--init-from", "theirs",
@@ -365,7 +428,8 @@ def test_rlpd_makes_many_critic_updates_and_one_of_the_policy(rlpd):
         key, critic_key = jax.random.split(by_hand.key)
         part = jax.tree.map(lambda x, i=i: x[i * B : (i + 1) * B], batch)
         critic, _ = rlpd.gradient_step(
-            by_hand.critic, rlpd.critic_loss, by_hand, part, critic_key, config)
+            by_hand.critic, rlpd.critic_loss, by_hand, part, critic_key, config
+        )
         target = jax.tree.map(lambda q, old: config.tau * q + (1 - config.tau) * old, critic.params,
                               by_hand.target_critic_params)  # fmt: skip
         by_hand = by_hand.replace(critic=critic, target_critic_params=target, key=key)
@@ -378,19 +442,27 @@ def test_rlpd_makes_many_critic_updates_and_one_of_the_policy(rlpd):
 
 def test_rlpd_solves_a_bandit(rlpd):
     config = rlpd.Config(
-        hidden_dims=(32, 32), learning_rate=3e-3, batch_size=64, tau=0.05, num_critics=3,
-        critic_updates=2, utd_ratio=200, entropy_per_action=-1.0,
+        hidden_dims=(32, 32),
+        learning_rate=3e-3,
+        batch_size=64,
+        tau=0.05,
+        num_critics=3,
+        critic_updates=2,
+        utd_ratio=200,
+        entropy_per_action=-1.0,
     )
     rows = bandit_rows()
     zeros = np.zeros(2000, np.float32)
     fields = ("observations", "actions", "rewards", "next_observations")
     dataset = jax.device_put(rlpd.Batch(*[np.float32(rows[name]) for name in fields], zeros))
-    buffer = rlpd.ReplayBuffer(jax.tree.map(lambda x: x[None], dataset), np.full(1, 2000, np.int32),
-                               np.zeros(1, np.int32))
+    buffer = rlpd.ReplayBuffer(
+        jax.tree.map(lambda x: x[None], dataset), np.full(1, 2000, np.int32), np.zeros(1, np.int32)
+    )
     state = one_agent(rlpd, config, 1)
     for _ in range(8):
         state, *_ = rlpd.online_step(
-            state, buffer, np.ones((1, 1), np.float32), dataset, config, True)
+            state, buffer, np.ones((1, 1), np.float32), dataset, config, True
+        )
     states = np.array([[-1.0], [1.0]], np.float32)
     found = rlpd.mode_actions(first(state), states)[:, 0]
     np.testing.assert_allclose(found, best_action(states), atol=0.12)
@@ -408,7 +480,8 @@ def test_bc_is_the_likelihood_of_the_data(bc):
         std = np.exp(np.clip(tree["log_std"], -5.0, 2.0))
         expected = -gaussian_log_prob(b.actions, mean, std, np).mean()
         found, info = compiled(bc, "actor_loss", config)(
-            state.actor.params, state, batch, state.key)
+            state.actor.params, state, batch, state.key
+        )
         np.testing.assert_allclose(found, expected, rtol=1e-5)
         np.testing.assert_allclose(info["mean_error"], np.abs(mean - b.actions).mean(), rtol=1e-5)
 
@@ -428,8 +501,9 @@ def test_bc_finds_the_mean_action_and_its_spread(bc):
     a = np.float32(0.4 * s + 0.2 * rng.normal(size=s.shape))
     zeros = np.zeros(len(s), np.float32)
     config = bc.Config(hidden_dims=(32, 32), learning_rate=3e-3, batch_size=256)
-    state, _ = bc.update_steps(one_agent(bc, config, 1), bc.Batch(s, a, zeros, s, zeros), config,
-                               1500)
+    state, _ = bc.update_steps(
+        one_agent(bc, config, 1), bc.Batch(s, a, zeros, s, zeros), config, 1500
+    )
     states = np.array([[-1.0], [1.0]], np.float32)
     np.testing.assert_allclose(bc.mode_actions(first(state), states), 0.4 * states, atol=0.04)
     policy = first(state).actor.apply_fn(first(state).actor.params, states)
@@ -439,7 +513,8 @@ def test_bc_finds_the_mean_action_and_its_spread(bc):
 def test_percent_bc_keeps_the_best_trajectories(bc):
     lengths, rewards = [3, 1, 4, 2], [1.0, 5.0, 0.5, 4.0]
     arrays = {
-        "rewards": np.repeat(rewards, lengths), "keep": np.ones(10, bool),
+        "rewards": np.repeat(rewards, lengths),
+        "keep": np.ones(10, bool),
         "ends": np.concatenate([np.arange(n) == n - 1 for n in lengths]),
     }
     arrays["keep"][9] = False  # the next observation of this row is not known

@@ -91,12 +91,12 @@ def same_in_units(found, rows, data, high):
 
 
 # --------------------------------------------------------------------------- Rows of data and steps
-@pytest.mark.parametrize(("size", "high"), [(2.0, 2.0), (1.0, 1.0)])
+@pytest.mark.parametrize(("size", "high"), [(2, 2.0), (1, 1.0)])
 def test_the_dataset_is_the_episodes_in_the_agents_units(iql, size, high):
     """Where no action of the data leaves [-1, 1], that part of the box is the agent's."""
-    rows = record(f"chain-{size}-v0", np.random.default_rng(1).choice([-size, size], 100))
-    flags = ["--dataset", f"chain-{size}-v0", *UNITS]
-    dataset, source = iql.load_dataset(*iql.parse_config(flags))
+    rows = record(f"chain{size}-v0", np.random.default_rng(1).choice([-size, size], 100))
+    config = iql.parse_config([f"--dataset=chain{size}-v0", *UNITS])
+    dataset, source = iql.load_dataset(*config)
     same_in_units(vars(dataset), rows, rows, high)
     assert source["units"]["actions"] == [high] and np.abs(dataset.actions).max() < 1
     assert size == 1 or len(np.unique(rows[4][rows[5]])) == 2  # ends of both kinds
@@ -138,9 +138,8 @@ def test_online_transitions_are_the_environments(request, name, chain, tmp_path,
 def test_online_batches_draw_every_transition_alike(request, name, oldest):
     """From 300 rows of data, where the script uses them, and the 100 filled ones of 500."""
     script, numbers = request.getfixturevalue(name), np.float32([*range(-300, 100), *[1e6] * 400])
-    dataset, buffer = script.Batch(*[numbers[:300]] * 6), script.Batch(*[numbers[300:]] * 6)
-    config = script.Config(batch_size=20_000)
-    batch = script.online_batch(dataset, buffer, 100, jax.random.PRNGKey(0), config)
+    rows = [script.Batch(*[jax.device_put(x)] * 6) for x in np.split(numbers, [300])]
+    batch = script.online_batch(*rows, 100, jax.random.PRNGKey(0), script.Config(batch_size=20_000))
     found, counts = np.unique(batch.rewards, return_counts=True)
     np.testing.assert_array_equal(found, np.arange(oldest, 100))
     assert np.abs(counts - counts.mean()).max() < 6 * counts.mean() ** 0.5
@@ -151,7 +150,8 @@ def test_online_batches_draw_every_transition_alike(request, name, oldest):
 def trained(script, config, dataset, steps):
     """The agent after each twentieth of the updates, and the last metrics."""
     inputs, agents = (dataset.observations[:1], dataset.actions[:1], config), []
-    agent = jax.tree.map(lambda x: x[None], script.create_agent(jax.random.PRNGKey(0), *inputs))
+    agent = script.create_agent(jax.random.PRNGKey(0), *inputs)
+    agent = jax.tree.map(lambda x: np.asarray(x)[None], agent)
     for _ in range(20):
         agent, info = script.update_steps(agent, dataset, config, script.update, steps // 20)
         agents.append(jax.tree.map(lambda x: x[0], agent))

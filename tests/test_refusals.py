@@ -98,8 +98,13 @@ def test_known_dataset_without_a_network(refused, monkeypatch, tmp_path):
 
     monkeypatch.setattr(minari, "download_dataset", unreachable)
     line = refused("--dataset", "mujoco/hopper/medium-v0")
-    assert_words(line, "cannot be fetched", "minari download mujoco/hopper/medium-v0",
-                 tmp_path / "datasets", "--dataset FILE --env-id ID")
+    assert_words(
+        line,
+        "cannot be fetched",
+        "minari download mujoco/hopper/medium-v0",
+        tmp_path / "datasets",
+        "--dataset FILE --env-id ID",
+    )
 
 
 def test_flat_file_without_environment(refused, good):
@@ -225,8 +230,9 @@ def test_bit_flip_anywhere_in_an_npz_never_ends_in_a_traceback(iql, tmp_path, ca
     assert "Traceback" not in capsys.readouterr().err
 
 
-def make_minari(name, observation_space=None, action_space=None, env="Pendulum-v1", steps=20,
-                **fields):
+def make_minari(
+    name, observation_space=None, action_space=None, env="Pendulum-v1", steps=20, **fields
+):
     """A Minari dataset of one episode; its data folder is where MINARI_DATASETS_PATH says."""
     spec = gym.make(env) if env else None
     observation_space = observation_space or spec.observation_space
@@ -340,8 +346,11 @@ def test_images_in_the_environment(refused, good, kind):
 
 def test_unknown_environment(iql, refused, good, monkeypatch):
     find_spec = iql.importlib.util.find_spec  # as if gymnasium-robotics were not installed
-    monkeypatch.setattr(iql.importlib.util, "find_spec",
-                        lambda name, *a: None if "robotics" in name else find_spec(name, *a))
+    monkeypatch.setattr(
+        iql.importlib.util,
+        "find_spec",
+        lambda name, *a: None if "robotics" in name else find_spec(name, *a),
+    )
     line = refused(*good[:2], "--env-id", "Pendulm-v1", *SMOKE)
     assert_words(line, "no environment", "Pendulm", "Did you mean: `Pendulum`")
 
@@ -364,8 +373,9 @@ def test_numbers_out_of_range(refused, good, flag, value):
 
 
 def test_eval_interval_is_a_multiple_of_log_interval(refused, good):
-    assert_words(refused(*good, "--eval-interval", 75), "--eval-interval", "multiple",
-                 "--log-interval")
+    assert_words(
+        refused(*good, "--eval-interval", 75), "--eval-interval", "multiple", "--log-interval"
+    )
 
 
 def test_eval_interval_is_compared_with_the_presets_log_interval(refused, good, iql):
@@ -428,8 +438,12 @@ def checkpoint(iql, tmp_path):
     save(tmp_path / "data.npz")
     meta = {"script": "sac", "config": {"seed": 0}, "spec": ""}
     iql.save_checkpoint(tmp_path / "sac.npz", {"state/x": np.zeros(1)}, meta)
-    return {"none.npz": "no readable checkpoint", "data.npz": "no readable checkpoint",
-            "text.npz": "no readable checkpoint", "sac.npz": " of "}  # a checkpoint of, settings of
+    return {
+        "none.npz": "no readable checkpoint",
+        "data.npz": "no readable checkpoint",
+        "text.npz": "no readable checkpoint",
+        "sac.npz": " of ",
+    }  # a checkpoint of, settings of
 
 
 @pytest.mark.parametrize("name", [

@@ -6,6 +6,7 @@ import math
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import read_arrays, read_metrics
@@ -55,9 +56,8 @@ def test_critic_loss_is_td3s(script):
         np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("normalize_q", [True, False])
-def test_actor_losses_are_td3_bcs_and_td3s(normalize_q, td3_bc):
-    config = td3_bc.Config(**SIZES, q_weight=1.7, normalize_q=normalize_q)
+def test_actor_losses_are_td3_bcs_and_td3s(td3_bc):
+    config = td3_bc.Config(**SIZES, q_weight=1.7)
     for seed in range(4):
         agent, batch = fresh(td3_bc, config, seed), batch_of(td3_bc, seed)
         s, b = parameters(agent), float64(batch)
@@ -66,7 +66,7 @@ def test_actor_losses_are_td3_bcs_and_td3s(normalize_q, td3_bc):
         loss = partial(td3_bc.actor_loss, agent.actor.params, agent, batch, None, config)
         expected = -1.7 * q.mean() / np.abs(q).mean() + ((actions - b.actions) ** 2).mean()
         np.testing.assert_allclose(loss()[0], expected, rtol=1e-4, atol=1e-5)
-        expected = -q.mean() / (np.abs(q).mean() if normalize_q else 1.0)
+        expected = -q.mean() / np.abs(q).mean()
         np.testing.assert_allclose(loss(imitate=False)[0], expected, rtol=1e-4)
 
 
@@ -163,33 +163,6 @@ def test_a_periodic_reference_is_taken_before_the_step(td3_c):
     assert taken == [True, False, True, False]
 
 
-@pytest.mark.parametrize("optimizer", ["reset", "carried"])
-def test_the_switch(optimizer, td3_bc):
-    config = td3_bc.Config(**SIZES, online_optimizer=optimizer)
-    agent, _ = compiled(td3_bc, "update", config)(fresh(td3_bc, config), batch_of(td3_bc, 0))
-    new = td3_bc.begin_finetuning(agent, config)
-    for field in ("target_actor_params", "offline_actor_params"):
-        jax.tree.map(np.testing.assert_array_equal, getattr(new, field), agent.actor.params)
-    moments = [np.abs(x).max() for x in jax.tree.leaves(new.critic.opt_state)]
-    assert (max(moments) == 0) == (optimizer == "reset")
-
-
-@pytest.mark.parametrize(
-    ("replay", "low", "high"), [("online", 0, 0), ("half", 8, 8), ("append", 1, 15)]
-)
-def test_a_batch_is_made_of_what_replay_says(replay, low, high, script):
-    config, shares = script.Config(replay=replay, batch_size=B), []
-    dataset = batch_of(script, 0, size=9)
-    buffer = jax.tree.map(lambda x: x + 100, dataset)
-    for seed in range(30):
-        batch = script.online_batch(dataset, buffer, 3, jax.random.PRNGKey(seed), config)
-        new = np.asarray(batch.rewards) > 50
-        assert np.isin(batch.rewards[new], buffer.rewards[:3]).all()
-        shares.append((~new).sum())
-    assert low <= min(shares) and max(shares) <= high
-    assert replay != "append" or np.mean(shares) == pytest.approx(B * 9 / 12, abs=1.5)
-
-
 def test_actions_in_training_are_noisy_and_bounded(td3_bc):
     config = td3_bc.Config(**SIZES, exploration_noise=0.1)
     agent = fresh(td3_bc, config)
@@ -209,7 +182,7 @@ def bandit_steps(script, config, count):
     rewards = 1 - (a - s / 2)[:, 0] ** 2
     rows = script.Batch(*map(np.float32, (s, a, rewards, s, np.zeros(2000), np.ones(2000))))
     inputs = jax.random.PRNGKey(0), rows.observations[:1], rows.actions[:1]
-    agent = jax.tree.map(lambda x: x[None], script.create_agent(*inputs, config))
+    agent = jax.tree.map(lambda x: jnp.asarray(x)[None], script.create_agent(*inputs, config))
     before = script.act(jax.tree.map(lambda x: x[0], agent), rows.observations[:200], config)
     agent, _ = script.update_steps(agent, rows, config, script.online_update, count)
     agent = jax.tree.map(lambda x: x[0], agent)
@@ -229,8 +202,8 @@ def test_td3_finds_the_best_action_and_the_constraint_holds_the_policy(td3_bc, t
 
 @pytest.fixture(scope="module")
 def flags(pendulum):
-    return ["--dataset", pendulum, "--hidden-dims", "8", "--offline-steps", "40", "--interval", "40",
-            "--online-steps", "80", "--warmup-steps", "10", "--batch-size", "16",
+    return ["--dataset", pendulum, "--hidden-dims", "8", "--offline-steps", "40", "--interval",
+            "40", "--online-steps", "80", "--warmup-steps", "10", "--batch-size", "16",
             "--eval-episodes", "1"]  # fmt: skip
 
 
@@ -241,7 +214,9 @@ def test_without_a_bound_it_is_plain_td3_to_the_bit(td3_bc, td3_c, flags, tmp_pa
     assert {name: free[name] for name in plain} == plain
     rows = read_metrics(tmp_path / "plain")
     assert rows[0]["distance_to_offline"] == "" and float(rows[-1]["distance_to_offline"]) > 0
-    assert float(rows[-1]["online_q"]) != float(rows[-1]["offline_q"])
+    arrays, _ = td3_bc.load(tmp_path / "plain")
+    assert arrays["agents/critic/opt_state/0/count"][0] == 70  # Adam began anew at the switch
+    assert arrays["agents/critic/step"][0] == 40 + 70
 
 
 def test_an_agent_of_td3_bc_goes_on_in_td3_c(td3_bc, td3_c, flags, tmp_path):

@@ -123,8 +123,7 @@ def test_cloning_losses_written_out(diversity, uni_o4):
         state = agent(uni_o4, config, seed)
         rows = np.float32(np.arange(B) % 4 != 0)  # some rows are left out
         batch = batch_of(uni_o4, seed).replace(mc_returns=rows)
-        found, _ = compiled(uni_o4, "cloning_loss", config)(
-            state.clones.params, state, batch, None)
+        found, _ = compiled(uni_o4, "cloning_loss", config)(state.clones.params, state, batch, None)
         expected = cloning_of(wide(state.clones.params), wide(batch), config, 3)
         np.testing.assert_allclose(found, expected, rtol=1e-4)
 
@@ -154,7 +153,8 @@ def test_the_kl_moves_a_member_away_and_does_not_draw_the_other_after_it(uni_o4)
     state = agent(uni_o4, config)
     batch = batch_of(uni_o4, 0).replace(mc_returns=np.ones(B, np.float32))
     found, _ = jax.grad(partial(uni_o4.cloning_loss, config=config), has_aux=True)(
-        state.clones.params, state, batch, None)
+        state.clones.params, state, batch, None
+    )
     other = state.clones.apply_fn(member(state.clones.params, 1), batch.observations)
 
     def own_term(params):
@@ -163,8 +163,9 @@ def test_the_kl_moves_a_member_away_and_does_not_draw_the_other_after_it(uni_o4)
         return -(policy.log_prob(batch.actions) + 0.5 * kl).mean()
 
     expected = jax.grad(own_term)(member(state.clones.params, 0))
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), member(found, 0),
-                 expected)
+    jax.tree.map(
+        partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), member(found, 0), expected
+    )
 
 
 def test_critic_losses_written_out(uni_o4):
@@ -176,10 +177,12 @@ def test_critic_losses_written_out(uni_o4):
         u = u - v_of(wide(state.offline_value.params), b.observations, np)
         expected = np.where(u < 0, 0.2 * u * u, 0.8 * u * u).mean()
         found, _ = compiled(uni_o4, "expectile_loss", config)(
-            state.offline_value.params, state, batch, None)
+            state.offline_value.params, state, batch, None
+        )
         np.testing.assert_allclose(found, expected, rtol=1e-5)
         target = b.rewards + 0.9 * b.masks * v_of(
-            wide(state.offline_value.params), b.next_observations, np)
+            wide(state.offline_value.params), b.next_observations, np
+        )
         q = q_of(wide(state.critic.params), b.observations, b.actions, np)
         found, _ = compiled(uni_o4, "critic_loss", config)(state.critic.params, state, batch, None)
         np.testing.assert_allclose(found, ((q - target) ** 2).mean(axis=1).sum(), rtol=1e-5)
@@ -198,8 +201,9 @@ def test_q_learns_from_the_new_v_and_its_target_follows_every_second_update(uni_
     for found, expected in ((one.offline_value, value), (one.critic, critic)):
         jax.tree.map(close, found.params, expected.params)
         jax.tree.map(close, found.opt_state, expected.opt_state)  # Adam's first step hides scale
-    jax.tree.map(np.testing.assert_array_equal, one.target_critic_params,
-                 state.target_critic_params)
+    jax.tree.map(
+        np.testing.assert_array_equal, one.target_critic_params, state.target_critic_params
+    )
     two, _ = update(one, batch)
     mixed = jax.tree.map(lambda p, q: 0.5 * (p + q), two.critic.params, one.target_critic_params)
     jax.tree.map(close, two.target_critic_params, mixed)
@@ -212,12 +216,15 @@ def test_dynamics_loss_written_out(uni_o4):
     config = uni_o4.Config(**SMALL)
     state = agent(uni_o4, config, 1)
     rng = np.random.default_rng(0)
-    state = state.replace(input_mean=np.float32(rng.normal(size=OBS + A)),
-                          input_std=np.float32(rng.uniform(0.5, 2.0, OBS + A)))
+    state = state.replace(
+        input_mean=np.float32(rng.normal(size=OBS + A)),
+        input_std=np.float32(rng.uniform(0.5, 2.0, OBS + A)),
+    )
     parts = [batch_of(uni_o4, seed) for seed in range(4)]
     batch = jax.tree.map(lambda *xs: np.stack(xs), *parts)  # (M, B, ...)
     found, info = compiled(uni_o4, "dynamics_loss", config)(
-        state.dynamics.params, state, batch, None)
+        state.dynamics.params, state, batch, None
+    )
     total, extra = 0.0, 0.0
     for i, part in enumerate(map(wide, parts)):
         tree = member(wide(state.dynamics.params), i)["params"]
@@ -307,7 +314,8 @@ def test_improvement_loss_written_out(uni_o4):
         ratio = np.exp(new - old)
         surrogate = np.minimum(ratio * advantage, np.clip(ratio, 0.8, 1.2) * advantage)
         found, info = compiled(uni_o4, "improvement_loss", config)(
-            params, reference, state, batch.observations, key)
+            params, reference, state, batch.observations, key
+        )
         np.testing.assert_allclose(found, -surrogate.mean(), rtol=2e-3, atol=1e-5)
         np.testing.assert_allclose(info["advantage"], raw.mean(), rtol=1e-4)
 
@@ -324,14 +332,16 @@ def test_the_first_step_from_the_reference_is_the_plain_policy_gradient(uni_o4):
     actions = policy.sample(seed=key)
     q = state.critic.apply_fn(state.critic.params, batch.observations, jnp.clip(actions, -1, 1))
     raw = q.min(axis=0) - state.offline_value.apply_fn(
-        state.offline_value.params, batch.observations)
+        state.offline_value.params, batch.observations
+    )
     advantage = (raw - raw.mean()) / raw.std()
 
     def plain(p):
         return -(state.clones.apply_fn(p, batch.observations).log_prob(actions) * advantage).mean()
 
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), grads,
-                 jax.grad(plain)(params))
+    jax.tree.map(
+        partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), grads, jax.grad(plain)(params)
+    )
 
 
 def test_schedules_of_the_offline_improvement(uni_o4):
@@ -436,8 +446,10 @@ def test_every_elite_and_no_other_model_steps_rows(uni_o4):
     models = state.best_models
     steps = jnp.array([1.0, 2.0, 4.0, 8.0])
     models["params"]["Dense_2"]["bias"] = models["params"]["Dense_2"]["bias"].at[:, 0].set(steps)
-    state = with_q(state.replace(best_models=models, best_errors=jnp.array([3.0, 1.0, 4.0, 2.0])),
-                   lambda x, a: x[:, 0])
+    state = with_q(
+        state.replace(best_models=models, best_errors=jnp.array([3.0, 1.0, 4.0, 2.0])),
+        lambda x, a: x[:, 0],
+    )
     found, _ = uni_o4.amq_scores(state, state.members.params, jnp.zeros((3, 16, OBS)),
                                  jnp.zeros((3, 2), jnp.uint32), config)  # fmt: skip
     np.testing.assert_allclose(found, (2.0 + 8.0) / 2, rtol=1e-5)  # half the rows each
@@ -484,8 +496,9 @@ def test_the_gate_moves_the_references_of_winners_only(uni_o4, monkeypatch):
         jax.tree.map(np.testing.assert_array_equal, member(new.references, i), member(source, i))
     jax.tree.map(np.testing.assert_array_equal, new.members.params, state.members.params)
     jax.tree.map(np.testing.assert_array_equal, new.actor.params, member(new.references, 0))
-    again, found = ask_with(uni_o4, config, new, monkeypatch, [1.0, 0.2, 0.4],
-                            (1.0, 0.0, 0.5))  # a tie, a win, less
+    again, found = ask_with(
+        uni_o4, config, new, monkeypatch, [1.0, 0.2, 0.4], (1.0, 0.0, 0.5)
+    )  # a tie, a win, less
     np.testing.assert_array_equal(found["accepted"], [0, 1, 0])
     np.testing.assert_array_equal(again.accepted, [1, 1, 1])
 
@@ -619,8 +632,7 @@ def test_ppo_losses_written_out(value_clip, script):
         ratio = np.exp(gaussian_log_prob(b.actions, mean, std, np) - b.log_probs)
         surrogate = np.minimum(ratio * b.advantages, np.clip(ratio, 0.9, 1.1) * b.advantages)
         entropy = (np.log(std) + 0.5 * np.log(2 * np.pi * np.e)).sum(axis=1).mean()
-        found, info = compiled(script, "actor_loss", config)(
-            state.actor.params, state, batch, None)
+        found, info = compiled(script, "actor_loss", config)(state.actor.params, state, batch, None)
         np.testing.assert_allclose(found, -surrogate.mean() - 0.01 * entropy, rtol=1e-3)
         np.testing.assert_allclose(info["entropy"], entropy, rtol=1e-4)
         v = v_of(wide(state.value.params), b.observations, np)
@@ -724,9 +736,11 @@ def test_fine_tuning_goes_on_from_a_finished_agent_with_fresh_optimisers(
     """It plays the saved policy and V; the learning rate starts anew; another key."""
     seen = []
     start = reused.start_on_policy
-    monkeypatch.setattr(reused, "start_on_policy",
-                        lambda run, saved=None: (seen.append(jax.device_get(run.shards[0])),
-                                                  start(run, saved)))
+    monkeypatch.setattr(
+        reused,
+        "start_on_policy",
+        lambda run, saved=None: (seen.append(jax.device_get(run.shards[0])), start(run, saved)),
+    )
     done = go(reused, tmp_path, [*flags, "--init-from", str(finished)])
     assert done.code == 0 and {phase for phase, _ in done.logged} == {"online"}
     with np.load(finished / "checkpoint.npz") as saved:
@@ -761,7 +775,9 @@ REFUSALS = {
     "another reward scale": (["--reward-scale", "0.5"], "--reward-scale"),
     "nothing to do": (["--stages", "offline"], "nothing is left"),
     "other supervised stages": (
-        ["--supervised-from", "{}", "--critic-steps", "80"], "critic_steps"),
+        ["--supervised-from", "{}", "--critic-steps", "80"],
+        "critic_steps",
+    ),
     "another script's": (["--stages", "online,offline,online"], "ppo.py"),
 }
 
