@@ -148,9 +148,11 @@ def multiplier_of(p, s, b, noise, c, xp, calibrated=False):
     return -xp.exp(p["log"]) * c.cql_alpha * (difference - c.target_gap)
 
 
-@pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_losses_are_the_papers(variant, name, request):
+CASES = [("cql", each) for each in VARIANTS] + [("cal_ql", each) for each in list(VARIANTS)[:2]]
+
+
+@pytest.mark.parametrize(("name", "variant"), [*CASES, ("sac_finetune", "lagrange, best of 4")])
+def test_losses_are_the_papers(name, variant, request):
     script = request.getfixturevalue(name)
     calibrated, config = name == "cal_ql", script.Config(**SIZES, **VARIANTS[variant])
     critic_key, actor_key = jax.random.PRNGKey(5), jax.random.PRNGKey(6)

@@ -21,6 +21,9 @@ SIZES = dict(
     cloning_schedule="cosine",
 )  # fmt: skip
 BINS = dict(value_bins=21, value_min=-3.0, value_max=2.0)
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+quick = partial(jax.jit, compiler_options=QUICK)  # to compile: these run a few times only
+GAIN = {"actor": 1.0, "critic": 3.0, "value": 1.0}
 SEARCH = ("base_q", "kept_q", "optimised_q", "moved")
 close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
 
@@ -30,15 +33,19 @@ def config_of(script, **changes):
 
 
 def fresh(script, config, seed=0):
-    """An agent with random parameters everywhere, of signals that neither fade nor explode: no bias
-    is 0, no target is its network. Its critic has learnt."""
+    """An agent with random parameters everywhere: no bias is 0, no target is its network. Signals
+    neither fade nor explode, Q is bumpy. The critic has learnt."""
     rng, agent = np.random.default_rng(seed), zeros(script, config)
-    scale = lambda x: 1 / math.sqrt(x.shape[-2]) if x.ndim > 1 else 0.3  # noqa: E731
-    draw = partial(jax.tree.map, lambda x: np.float32(scale(x) * rng.normal(size=x.shape)))
+
+    def draw(tree, gain=1.0):
+        scale = lambda x: gain / math.sqrt(x.shape[-2]) if x.ndim > 1 else 0.3  # noqa: E731
+        return jax.tree.map(lambda x: np.float32(scale(x) * rng.normal(size=x.shape)), tree)
+
     parts = {name: getattr(agent, name) for name in ("actor", "critic", "value")}
-    parts = {name: x.replace(params=draw(x.params)) for name, x in parts.items()}
-    for name in ("target_actor_params", "target_critic_params"):
-        parts[name] = draw(getattr(agent, name))
+    parts = {name: x.replace(params=draw(x.params, GAIN[name])) for name, x in parts.items()}
+    for name in ("actor", "critic"):
+        params = getattr(agent, f"target_{name}_params")
+        parts[f"target_{name}_params"] = draw(params, GAIN[name])
     parts["critic"] = parts["critic"].replace(step=np.int32(1))
     return agent.replace(key=jax.random.PRNGKey(seed), **parts)
 
@@ -52,7 +59,7 @@ def batch_with_returns(script, seed):
 
 @lru_cache
 def graded(script, name, config):
-    return jax.jit(jax.value_and_grad(partial(getattr(script, name), config=config), has_aux=True))
+    return quick(jax.value_and_grad(partial(getattr(script, name), config=config), has_aux=True))
 
 
 def same_gradient(found, reference, params):
@@ -237,7 +244,7 @@ def test_a_policys_loss_and_samples(policy, pa_rl):
     draws = [str(jax.make_jaxpr(x.loss)(*inputs)).count("bits[") for x in (agent.policy, dropping)]
     assert (draws[1] > draws[0]) == (policy != "gaussian")
     expected = globals()[f"{policy}_sample"](float64(params), b.observations, key)
-    found = jax.jit(dropping.sample)(params, batch.observations, key)
+    found = quick(dropping.sample)(params, batch.observations, key)
     close(found, expected, rtol=2e-3, atol=2e-3)
 
 
@@ -271,13 +278,14 @@ def searched(agent, observations, keys, c, selection, count=1, data=None):
 
 
 @pytest.mark.parametrize(("selection", "critic"), [("softmax", {}), ("argmax", BINS)])
-@pytest.mark.parametrize("with_data", [False, True])
-def test_the_search_for_better_actions(selection, critic, with_data, pa_rl):
+def test_the_search_for_better_actions(selection, critic, pa_rl):
+    """With the data's action among them, and without; the policy itself before Q has learnt."""
     config, seen, edge = config_of(pa_rl, **critic), set(), 0
-    optimise = jax.jit(partial(pa_rl.optimise, config=config, selection=selection, num_actions=5))
+    settings = dict(config=config, selection=selection, num_actions=5)
+    optimise = quick(partial(pa_rl.optimise, **settings))
     for seed in range(4):
         agent, batch = fresh(pa_rl, config, seed), batch_of(pa_rl, seed)
-        data = batch.actions if with_data else None
+        data = batch.actions if selection == "argmax" else None
         agent = agent.replace(critic=agent.critic.replace(step=np.int32(seed > 0)))
         inputs = agent, batch.observations, jax.random.split(jax.random.PRNGKey(seed))
         found, info = optimise(*inputs, data_actions=data)
@@ -286,22 +294,25 @@ def test_the_search_for_better_actions(selection, critic, with_data, pa_rl):
         close([info[name] for name in SEARCH], [reference[name] for name in SEARCH], rtol=1e-3)
         seen |= set(reference["best"].ravel())
         edge += (np.abs(expected) == 1).any()
-    assert seen == {0, 1, 2, 3} and edge  # the best position is any of them; the box was reached
+    assert len(seen) > 2 and edge  # the best position is not always the last; the box was reached
 
 
-def test_who_acts(pa_rl):
-    """pi* in training, by acting_selection; its best in evaluation, with the state's noise."""
+def test_who_acts(pa_rl, monkeypatch):
+    """pi* in training, by acting_selection; its best in evaluation, whose noise comes from all the
+    observations."""
+    agent, s, seen = zeros(pa_rl, config_of(pa_rl)), batch_of(pa_rl, 0).observations, []
+    spy = lambda agent, s, *rest: (seen.append(rest), (s[None], {}))[1]  # noqa: E731
+    monkeypatch.setattr(pa_rl, "optimise", spy)
     config = config_of(pa_rl, acting_selection="softmax")
-    agent, s = fresh(pa_rl, config), batch_of(pa_rl, 0).observations
-    keys = jax.random.split(jax.random.PRNGKey(int(s.view(np.uint32).sum(dtype=np.uint32))))
-    expected = searched(agent, s, keys, config, "argmax")[0][0]
-    close(compiled(pa_rl, "act", config)(agent, s), expected, rtol=1e-3, atol=1e-3)
-    seen = []
-    with pytest.MonkeyPatch.context() as patch:
-        spy = lambda agent, s, *rest: (seen.append(rest), (s[None], {}))[1]  # noqa: E731
-        patch.setattr(pa_rl, "optimise", spy)
-        np.testing.assert_array_equal(pa_rl.explore(agent, s[0], agent.key, config), s[0])
-    assert seen[0][2] == "softmax" and equal(seen[0][0], jax.random.split(agent.key))
+    close(pa_rl.explore(agent, s[0], jax.random.PRNGKey(7), config), s[0])
+    close(pa_rl.act(agent, s, config), s)
+    pa_rl.act(agent, s.copy(), config)
+    s[5, 0] = np.nextafter(s[5, 0], np.float32(9))
+    pa_rl.act(agent, s, config)
+    keys, _, selections = zip(*seen, strict=True)
+    assert selections == ("softmax", "argmax", "argmax", "argmax")
+    assert equal(keys[0], jax.random.split(jax.random.PRNGKey(7)))
+    assert equal(keys[1], keys[2]) and not equal(keys[1], keys[3])
 
 
 # ------------------------------------------------------------------------------ Losses and updates
@@ -349,28 +360,254 @@ def critic_of(p, agent, b, own, following, key, c):
     return loss + c.cql_alpha * difference.mean()
 
 
-VARIANTS = {
-    "scalar": {},
-    "scalar, best action, all critics": dict(target_selection="argmax", target_critics=3),
-    "histogram": BINS,
-    "iql": dict(critic="iql", **BINS),
-}
+VARIANTS = [{}, dict(target_selection="argmax", target_critics=3, **BINS)]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", VARIANTS, ids=["scalar", "histogram, best, all critics"])
 def test_the_critics_loss(variant, pa_rl):
-    config = config_of(pa_rl, **VARIANTS[variant])
-    count = 1 if config.target_selection == "argmax" else config.num_actions
+    config = config_of(pa_rl, **variant)
     for seed in range(3):
         agent, batch = fresh(pa_rl, config, seed), batch_with_returns(pa_rl, seed)
-        actions = np.random.default_rng(seed).uniform(-1, 1, (2, count, B, A)).astype(np.float32)
+        shape = 2, 1 if config.target_selection == "argmax" else 5, B, A
+        own, following = np.random.default_rng(seed).uniform(-1, 1, shape).astype(np.float32)
         key, params = jax.random.PRNGKey(seed), agent.critic.params
-        inputs = params, agent, batch, *actions, key
+        inputs = params, agent, batch, own, following, key
         (found, info), grads = graded(pa_rl, "critic_loss", config)(*inputs)
-        reference = partial(critic_of, agent=agent, b=float64(batch), own=float64(actions[0]),
-                            following=float64(actions[1]), key=key, c=config)  # fmt: skip
+        reference = partial(critic_of, agent=agent, b=float64(batch), own=float64(own),
+                            following=float64(following), key=key, c=config)  # fmt: skip
         close(found, reference(float64(params)))
         same_gradient(grads, reference, params)
-        q = q_of(float64(params), batch.observations, batch.actions, config)
-        close(info["q"], q.mean())
-        assert config.critic == "iql" or 0.1 < info["below_return"] < 0.9
+        close(info["q"], q_of(float64(params), batch.observations, batch.actions, config).mean())
+        assert 0.1 < info["below_return"] < 0.9
+
+
+def value_of(p, agent, b, key, c):
+    q = q_of(drawn(agent.target_critic_params, key, c), b.observations, b.actions, c)
+    u = q.min(axis=0) - v_of(p, b.observations)
+    return np.where(u < 0, (1 - c.expectile) * u * u, c.expectile * u * u).mean()
+
+
+def same_step(new, old, loss, rate):
+    """Adam's first step along the gradient of `loss` at the parameters before it."""
+    grads = jax.tree.map(lambda x: 10 * x, new.opt_state[0].mu)
+    same_gradient(grads, loss, old.params)
+    moments = (jax.tree.map(np.zeros_like, grads),) * 2
+    expected, _ = adam(old.params, grads, moments, 1, rate)
+    jax.tree.map(partial(close, atol=1e-4), new.params, expected)
+
+
+def averaged(target, old, new, tau):
+    mixed = jax.tree.map(lambda x, y: (1 - tau) * x + tau * y, old, new)
+    jax.tree.map(close, target, mixed)
+
+
+@pytest.mark.parametrize("critic", ["cal_ql", "iql"])
+def test_an_update_of_the_critic(critic, pa_rl):
+    """pi* in both states, or V first; then Q, and the target's average. The policy is held."""
+    config = config_of(pa_rl, critic=critic, **(BINS if critic == "iql" else {}))
+    agent, batch = fresh(pa_rl, config, 1), batch_with_returns(pa_rl, 1)
+    new, info = quick(partial(pa_rl.update, config=config))(agent, batch)
+    key, action_key, critic_key, value_key = jax.random.split(agent.key, 4)
+    b, own, following, before = float64(batch), None, None, agent
+    if critic == "iql":
+        loss = partial(value_of, agent=agent, b=b, key=value_key, c=config)
+        close(info["value_loss"], loss(float64(agent.value.params)))
+        same_step(new.value, agent.value, loss, 1e-2)
+        before = agent.replace(value=new.value)
+    else:
+        inputs = zip((b.observations, b.next_observations), jax.random.split(action_key))
+        found = [searched(agent, s, jax.random.split(k), config, "softmax", 5) for s, k in inputs]
+        (own, own_info), (following, following_info) = found
+        means = [(own_info[name] + following_info[name]) / 2 for name in SEARCH]
+        close([info[name] for name in SEARCH], means, rtol=1e-3)
+        assert equal(new.value, agent.value)
+    loss = partial(critic_of, agent=before, b=b, own=own, following=following, key=critic_key,
+                   c=config)  # fmt: skip
+    found = info["critic_loss"] + config.cql_alpha * info.get("difference", 0.0)
+    close(found, loss(float64(agent.critic.params)), rtol=1e-3)
+    same_step(new.critic, agent.critic, loss, 1e-2)
+    averaged(new.target_critic_params, agent.target_critic_params, new.critic.params, 0.2)
+    assert equal((new.actor, new.target_actor_params), (agent.actor, agent.target_actor_params))
+    assert equal(new.key, key) and new.critic.step == 2
+
+
+def test_a_distillation(pa_rl):
+    """The policy imitates pi*'s best, or the data while Q knows nothing. The critic is held."""
+    config = config_of(pa_rl, critic="iql", distillation_selection="argmax")
+    distil, batch = quick(partial(pa_rl.distil, config=config)), batch_of(pa_rl, 0)
+    for learnt in (0, 1):
+        agent = fresh(pa_rl, config)
+        agent = agent.replace(critic=agent.critic.replace(step=np.int32(learnt)))
+        new, info = distil(agent, batch)
+        key, *keys = jax.random.split(agent.key, 4)
+        inputs = batch.observations, keys[:2], config, "argmax", 1, batch.actions
+        actions, search = searched(agent, *inputs)
+        assert learnt or equal(actions[0], batch.actions)
+        loss = partial(gaussian_loss, s=float64(batch.observations), a=actions[0], key=keys[2])
+        close(info["actor_loss"], loss(float64(agent.actor.params)), rtol=1e-3)
+        close([info[name] for name in SEARCH], [search[name] for name in SEARCH], rtol=1e-3)
+        same_step(new.actor, agent.actor, loss, 3e-4)  # the first of ten steps of warm-up
+        averaged(new.target_actor_params, agent.target_actor_params, new.actor.params, 0.25)
+        for name in ("critic", "target_critic_params", "value"):
+            assert equal(getattr(new, name), getattr(agent, name))
+        assert equal(new.key, key)
+
+
+def test_the_policys_learning_rate(pa_rl):
+    counts = np.array([0, 4, 9, 50, 99, 100, 104, 109, 500])
+    rise, online = [0.1, 0.5, 1, 1, 1], 1e-3 * np.array([0.1, 0.5, 1, 1])
+    fade = (1 + np.cos(np.pi * counts[:5] / 100)) / 2
+    for schedule, factor in (("cosine", fade), ("constant", 1.0)):
+        rate = pa_rl.policy_rate(config_of(pa_rl, cloning_schedule=schedule))
+        close(rate(counts), np.append(3e-3 * np.array(rise) * factor, online), atol=1e-9)
+
+
+# ---------------------------------------------------------------------------------- Online rounds
+LENGTHS = [[10, 25, 25, 99], [10, 60, 99]]  # of the seeds' episodes; the first seed's terminate
+
+
+class Envs:
+    """Observations (2, O) that count the resets and the steps since then."""
+
+    def reset(self, seed):
+        self.seeds, self.episode, self.log = seed, [0, 0], []
+        self.now = np.zeros((2, OBS), np.float32)
+        return self.now, {}
+
+    def step(self, actions):
+        before, self.now = self.now, self.now + np.float32([0, 0, 1])
+        final, rewards = self.now.copy(), np.random.default_rng(len(self.log)).normal(size=2)
+        ends = np.array([self.now[i, 2] == LENGTHS[i][self.episode[i]] for i in range(2)])
+        for i in np.flatnonzero(ends):
+            self.episode[i] += 1
+            self.now[i] = [i, self.episode[i], 0]
+        terminated = ends & np.array([True, False])
+        self.log.append((before, actions, rewards, final, 1.0 - terminated, ends))
+        return self.now, rewards, terminated, ends & ~terminated, {"final_obs": list(final)}
+
+
+def returns_of(rewards, masks, ends):
+    """By the rule "infinite": the last reward for ever, unless it was a termination."""
+    returns = np.zeros(len(rewards))
+    for i in reversed(range(len(rewards))):
+        after = masks[i] * rewards[i] / 0.1 if ends[i] else returns[i + 1]
+        returns[i] = rewards[i] + 0.9 * after
+    return returns
+
+
+def test_after_an_episode_as_many_distillations_and_then_updates_as_it_had_steps(
+    pa_rl, monkeypatch
+):
+    """Rounds of 10 and 70 steps, two seeds, slices of 50, a ring of 40 that the last round fills:
+    its rows, their returns as soon as they are known, and the optimisers' new start."""
+    config = config_of(pa_rl, num_seeds=2, discount=0.9, return_rule="infinite", seed=3)
+    both = jax.tree.map(lambda x: np.stack([x, x]), zeros(pa_rl, config))
+    ones = {n: jax.tree.map(np.ones_like, getattr(both, n)) for n in ("actor", "critic", "value")}
+    agents = both.replace(key=np.array(jax.random.split(jax.random.PRNGKey(0))), **ones)
+    buffers = jax.tree.map(lambda x: jnp.zeros((2, 40, *x.shape[1:])), batch_with_returns(pa_rl, 0))
+    envs, calls, keys, fresh_optimisers = Envs(), [], [], []
+
+    def learn(agents, buffers, size, dataset, counts, config, update):
+        fresh_optimisers.append(not any(x.any() for x in jax.tree.leaves(agents.critic.opt_state)))
+        fresh_optimisers.append((agents.actor.opt_state[1].count == 100).all())
+        known = (np.asarray(buffers.mc_returns) != -1e9).sum(axis=1)
+        calls.append((update.__name__, size, [*counts], [*known]))
+        return agents.replace(**ones), dict.fromkeys(pa_rl.METRICS, 1.0 * counts)
+
+    def explore_all(agents, observations, key, config):
+        keys.append(key)
+        return np.full((2, A), len(keys), np.float32)
+
+    monkeypatch.setattr(pa_rl, "learn", learn)
+    monkeypatch.setattr(pa_rl, "explore_all", explore_all)
+    bar = SimpleNamespace(update=lambda: None, refresh=lambda: None)
+    run = config, None, envs, bar
+    agents, buffers, info = pa_rl.episodes_round(agents, buffers, run, 0, 10)
+    assert calls == [(n, 10, [10, 10], [40, 40]) for n in ("distil", "update")]
+    assert fresh_optimisers == [True, True, False, False]
+    calls.clear()
+    agents, buffers, info = pa_rl.episodes_round(agents, buffers, run, 10, 80)
+    assert envs.seeds == [4 * 10**9 + 10, 5 * 10**9 + 10] and not any(fresh_optimisers[2:])
+    slices = [(35, [[25, 0]], [40, 15]), (40, [[25, 0]], [40, 0]),
+              (40, [[0, 50], [0, 10]], [30, 40]), (40, [[20, 10]], [40, 40])]  # fmt: skip
+    assert calls == [(name, size, counts, known) for size, each, known in slices
+                     for name in ("distil", "update") for counts in each]  # fmt: skip
+    assert len(np.unique(np.concatenate(keys), axis=0)) == 160
+    assert info["updates"] == 140 and list(info["q"]) == [2.0, 2.0]  # the stub counts both kinds
+    columns = [np.stack(x, axis=1) for x in zip(*envs.log, strict=True)]  # (2, 70, ...)
+    columns[5][:, -1] = True
+    columns.append(np.stack([returns_of(*x) for x in zip(*(columns[i] for i in (2, 4, 5)))]))
+    in_time = np.arange(40, 80) % 40
+    for found, expected in zip(vars(buffers).values(), columns, strict=True):
+        close(found[:, in_time], expected[:, -40:])
+
+
+def test_a_seed_learns_as_often_as_it_has_steps(pa_rl, monkeypatch):
+    """Three times and not at all; batches of a distillation are drawn otherwise than an update's."""
+
+    def count(agent, batch, config):
+        actor = agent.actor.replace(step=agent.actor.step + 1)
+        return agent.replace(actor=actor), {"q": batch.rewards.mean()}
+
+    monkeypatch.setattr(pa_rl, "distil", count)
+    config = config_of(pa_rl, num_seeds=2, offline_ratio=0.25)
+    agents = jax.tree.map(lambda x: np.stack([x, x]), zeros(pa_rl, config))
+    dataset = jax.tree.map(lambda x: jnp.zeros((1000, *x.shape[1:])), batch_with_returns(pa_rl, 0))
+    buffers = jax.tree.map(lambda x: jnp.ones((2, 9, *x.shape[1:])), dataset)
+    for kind, low, high in ((count, 0, 0.5), (lambda *xs: count(*xs), 2.25, 2.25)):
+        inputs = jax.tree.map(jnp.array, agents), buffers, 9, dataset, np.array([3, 0])
+        new, info = pa_rl.learn(*inputs, config, kind)
+        assert list(new.actor.step) == [3, 0] and equal(new.key[1], agents.key[1])
+        assert low <= info["q"][0] <= high and info["q"][1] == 0
+
+
+@pytest.mark.parametrize("distilling", [False, True])
+def test_an_online_batch(distilling, pa_rl):
+    """offline_ratio of the dataset's 9 rows in a critic's; all 12 filled rows alike in others."""
+    config, keys = config_of(pa_rl, offline_ratio=0.25), jax.random.split(jax.random.PRNGKey(0), 99)
+    rows = batch_with_returns(pa_rl, 0).replace(**dict.fromkeys(("rewards", "ends"), np.arange(B)))
+    dataset, buffer = jax.tree.map(lambda x: x[:9], rows), jax.tree.map(lambda x: x[9:], rows)
+    draw = quick(
+        jax.vmap(lambda key: pa_rl.online_batch(dataset, buffer, 3, key, config, distilling))
+    )
+    batch = draw(keys)
+    found, counts = np.unique(batch.rewards, return_counts=True)
+    assert list(found) == [*range(12)] and equal(batch.ends, batch.rewards)
+    assert equal(batch.observations, rows.observations[batch.rewards])
+    if distilling:
+        close(counts, np.full(12, 132), rtol=0.35)
+    else:
+        assert ((batch.rewards < 9).sum(axis=1) == 4).all()
+
+
+# --------------------------------------------------------------------------------- A known optimum
+def test_a_diffusion_improves(pa_rl):
+    """It clones uniform actions, which is what distillation does while Q knows nothing, and is then
+    distilled: its samples come three times closer to the best action, s / 2."""
+    config = config_of(
+        pa_rl, policy="diffusion", batch_size=32, policy_tau=1.0, pretrain_steps=0, ascent_rate=0.02,
+        policy_learning_rate=3e-3, distillation_selection="argmax", num_critics=1,
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    s, a = rng.choice([-1.0, 1.0], (1000, 1)), rng.uniform(-1, 1, (1000, 1))
+    dataset = pa_rl.Batch(*map(np.float32, (s, a, a[:, 0], s, a[:, 0], a[:, 0])))
+    inputs = jax.random.PRNGKey(0), dataset.observations[:1], dataset.actions[:1]
+    agent = pa_rl.create_agent(*inputs, config)
+    q = lambda params, s, a: -((a - s / 2) ** 2) + params  # (B, 1)  # noqa: E731
+    critic = agent.critic.replace(apply_fn=q, params=np.zeros(1))
+    agents = jax.tree.map(lambda x: jnp.asarray(x)[None], agent.replace(critic=critic))
+    sample, gaps, states = (
+        jax.jit(agent.policy.sample),
+        [],
+        np.repeat(np.float32([[-1], [1]]), 500, 0),
+    )
+    for learnt in (0, 1):
+        critic = agents.critic.replace(step=jnp.full(1, learnt))
+        agents, _ = pa_rl.update_steps(
+            agents.replace(critic=critic), dataset, config, pa_rl.distil, 400
+        )
+        params = jax.tree.map(lambda x: x[0], agents.target_actor_params)
+        gaps.append(
+            np.abs(sample(params, states, inputs[0]) - states / 2).reshape(2, 500).mean(axis=1)
+        )
+    assert (gaps[0] > 0.45).all() and (gaps[1] < gaps[0] / 3).all()

@@ -257,6 +257,8 @@ def test_the_page_opens_with_two_scripts_side_by_side(browser):
     assert top["y"] < 350 and top["width"] > 0.9 * (1376 if browser.wide else 366)
     headings = [heading.text for heading in find(browser, "h2")]
     assert headings[0].startswith("Any two scripts") and headings[1] == "Results"
+    assert len(find(browser, "tr.chart")) == 1  # of a run, further down
+    assert browser.execute_script("return scrollY") == 0
     requests = browser.execute_script("return performance.getEntriesByType('resource').map(x => "
                                       "x.name).filter(x => !x.startsWith('data:'))")  # fmt: skip
     assert requests == []  # all is in the one file

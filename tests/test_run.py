@@ -1,24 +1,19 @@
 """A run is a sequence of rounds: killed at any moment, the same command goes on to the same bits.
 
-Runs here are calls of `main` in this process with small sizes. `Killed` passes every `except` of
-the scripts, as a SIGKILL would; real SIGKILLs, for every script and in every phase, stand at the
-end.
+Runs here are calls of iql.py's `main` in this process with small sizes. `Killed` passes every
+`except` of the scripts, as a SIGKILL would; real SIGKILLs, of every script, are in test_scripts.py.
 """
 
 import json
-import os
 import random
 import shutil
-import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
-from conftest import ROOT, read_arrays, read_metrics, run_script
-from test_scripts import NAMES, tiny_flags
+from conftest import read_arrays, read_metrics
 
 SIZES = ["--offline-steps", "40", "--online-steps", "60", "--interval", "20", "--buffer-size", "50",
          "--hidden-dims", "16", "16", "--batch-size", "16", "--eval-episodes", "2"]  # fmt: skip
@@ -312,33 +307,3 @@ def test_wandb_gets_every_round_and_goes_on(iql, flags, unbroken, tmp_path, monk
     assert len(logged) == 5 and logged[-1]["step"] == 60
     assert float(unbroken.rows[-1]["q"]) == pytest.approx(logged[-1]["online/q"], rel=1e-5)
     same(tmp_path, unbroken)  # the same run, with or without
-
-
-# ----------------------------------------------------------------------------- Real SIGKILLs, all
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_sigkilled_anywhere_it_goes_on_to_the_same_bits(name, pendulum, tmp_path):
-    """Two real kills at random moments, of a process of its own; every script."""
-    flags = tiny_flags(name, pendulum)
-    flags[flags.index("--interval") + 1] = "32"
-    run = lambda folder: run_script(name, *flags, "--run-dir", tmp_path / folder, timeout=300)  # noqa: E731
-    start = time.time()
-    code, _, err = run("whole")
-    assert code == 0, err
-    whole, rng = time.time() - start, random.Random(name)
-    for _ in range(2):
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(ROOT / name), *flags, "--run-dir", str(tmp_path / "killed")]
-        process = subprocess.Popen(
-            command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        try:
-            process.wait(timeout=rng.uniform(0.3, 0.95) * whole)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-    code, _, err = run("killed")
-    assert code == 0, err
-    assert read_arrays(tmp_path / "killed") == read_arrays(tmp_path / "whole")
-    assert read_metrics(tmp_path / "killed") == read_metrics(tmp_path / "whole")

