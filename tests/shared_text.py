@@ -25,7 +25,7 @@ SCRIPTS = {  # README's table: what, paper, nearest sibling
     "algorithms/cql.py": ("conservative Q-learning, on SAC", "2006.04779", "algorithms/iql.py"),
     "algorithms/cal_ql.py": ("calibrated Q-learning", "2303.05479", "algorithms/cql.py"),
     "algorithms/sac_finetune.py": (
-        "SAC from CQL's agent: naive, mixed, WSRL, conservative", "2412.07762", "algorithms/cql.py"
+        "SAC from CQL's agent, in four ways", "2412.07762", "algorithms/cql.py"
     ),
     "algorithms/td3_c.py": (
         "TD3 held to a slow pace; a reconstruction", "2303.17396", "baselines/td3_bc.py"
@@ -87,7 +87,8 @@ def disagreements(paths):
 def main_changes(path, master):
     """(lines that `main` in `path` lacks, lines that it has beside `main` of `master`)."""
     sources = [definitions(each)["main"][2].splitlines() for each in (master, path)]
-    changes = [line for line in difflib.ndiff(*sources) if line[:2] in ("- ", "+ ")]
+    diff = difflib.unified_diff(*sources, n=0, lineterm="")
+    changes = [line for line in diff if line[0] in "+-" and line[:3] not in ("+++", "---")]
     return [x for x in changes if x[0] == "-"], [x for x in changes if x[0] == "+"]
 
 
@@ -105,7 +106,7 @@ def readme_table():
         lines = len((ROOT / name).read_text().splitlines())
         link = f"[{paper}](https://arxiv.org/abs/{paper})"
         changed = f"{changed_lines(sibling, name)} from {Path(sibling).name}" if sibling else ""
-        rows.append(f"| [`{name}`]({name}) | {what} | {link} | {lines} | {changed} |")
+        rows.append(f"| [{Path(name).name}]({name}) | {what} | {link} | {lines} | {changed} |")
     return "\n".join(rows)
 
 

@@ -95,8 +95,7 @@ def same_in_units(found, rows, data, high):
 def test_the_dataset_is_the_episodes_in_the_agents_units(iql, size, high):
     """Where no action of the data leaves [-1, 1], that part of the box is the agent's."""
     rows = record(f"chain{size}-v0", np.random.default_rng(1).choice([-size, size], 100))
-    config = iql.parse_config([f"--dataset=chain{size}-v0", *UNITS])
-    dataset, source = iql.load_dataset(*config)
+    dataset, source = iql.load_dataset(*iql.parse_config([f"--dataset=chain{size}-v0", *UNITS]))
     same_in_units(vars(dataset), rows, rows, high)
     assert source["units"]["actions"] == [high] and np.abs(dataset.actions).max() < 1
     assert size == 1 or len(np.unique(rows[4][rows[5]])) == 2  # ends of both kinds
@@ -194,11 +193,10 @@ def chain_values(expectile, share):
 def test_iql_finds_the_values_of_a_chain(iql, chain, expectile, level):
     """V is the expectile's fixed point, for 0.99 within tolerance value iteration's maximum."""
     flags = [*CHAIN, *IQL, f"--expectile={expectile}", "--no-decay-actor-lr"]
-    config, data, env = iql.parse_config(flags)
-    dataset, source = iql.load_dataset(config, data, env)
+    config, *inputs = iql.parse_config(flags)
+    dataset, source = iql.load_dataset(config, *inputs)
     agents, _ = trained(iql, config, dataset, 5000)
-    state, right = chain[0].argmax(axis=1), chain[1][:, 0] > 1
-    share = np.array([right[state == i].mean() for i in range(5)])
+    share = np.array([(chain[1][chain[0].argmax(axis=1) == i] > 1).mean() for i in range(5)])
     states = iql.rescale(OBSERVATIONS, *map(np.array, source["units"]["observations"]))
     # the mean over the last half takes the noise of single batches out
     v = np.mean([x.value.apply_fn(x.value.params, states) for x in agents[10:]], axis=0)
@@ -211,10 +209,12 @@ def test_main_is_optimal_offline_and_online_and_imitation_is_not(iql, bc, chain,
     flags = [*CHAIN, "--seed=3", "--eval-episodes=20", "--offline-steps=3000", "--interval=200"]
     iql.main([*flags, *IQL, "--online-steps=400", f"--run-dir={tmp_path}/iql"])
     bc.main([*flags, f"--run-dir={tmp_path}/bc"])
-    found = {name: read_metrics(tmp_path / name) for name in ("iql", "bc")}
+    bc.main([*flags, "--best-share=0", f"--run-dir={tmp_path}/best"])  # of one trajectory
+    found = {name: read_metrics(tmp_path / name) for name in ("iql", "bc", "best")}
     returns = {name: [float(row["return"]) for row in rows] for name, rows in found.items()}
     optimum = pytest.approx(np.mean(np.array(starts) >= 2))
+    errors = [float(found[name][-1]["mean_error"]) for name in ("best", "bc")]
     assert [row["phase"] for row in found["iql"]] == ["offline"] * 15 + ["online"] * 2
     assert returns["iql"][12:] == [optimum] * 5
     assert all(abs(float(row["v"])) < 2 for row in found["iql"])  # a mean, not a sum
-    assert max(returns["bc"]) < 0.5 * optimum.expected
+    assert max(returns["bc"]) < 0.5 * optimum.expected and errors[0] < 0.5 * errors[1]
