@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -317,6 +318,10 @@ plant("baselines/bc.py", {
         "    dataset = best_trajectories(dataset, config.best_share)\n", "", LEARNING,
         "optimal"),
 })  # fmt: skip
+
+
+for name, bug in tomllib.loads((ROOT / "tests" / "planted_bugs.toml").read_text()).items():
+    plant(bug["file"], {name: tuple(bug[x] for x in ("old", "new", "tests", "expression"))})
 
 
 # ------------------------------------------------------------------------------------ The mechanism
