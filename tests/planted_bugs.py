@@ -32,7 +32,9 @@ def plant(file, bugs):
     BUGS.update({name: (file, *bug) for name, bug in bugs.items()})
 
 
-LOSSES, LEARNING, RUN = (f"tests/test_{name}.py" for name in ("losses", "learning", "run"))
+LOSSES, LEARNING, RUN, SCRIPTS = (
+    f"tests/test_{name}.py" for name in ("losses", "learning", "run", "scripts")
+)
 
 # --------------------------------------------------------------------------------------------- IQL
 OF_TARGET = "agent.critic.apply_fn(agent.target_critic_params, batch.observations, batch.actions)\n"
@@ -196,7 +198,8 @@ plant("algorithms/iql.py", {
         "min(first + config.interval, steps)", "first + config.interval",
         LEARNING, "transitions"),
     "one-key-for-all-seeds": (
-        "jax.random.PRNGKey(seed) for", "jax.random.PRNGKey(config.seed) for", RUN, "seeds_differ"),
+        "jax.random.PRNGKey(seed) for", "jax.random.PRNGKey(config.seed) for", LEARNING,
+        "transitions and iql"),
     "config-not-compared": ("if said.get(name) != its.get(name)]", "if False]", RUN, "another"),
     "hash-not-compared": (
         '"dataset_sha256": digest', '"dataset_sha256": ""', RUN, "another_dataset"),
@@ -218,13 +221,11 @@ plant("algorithms/iql.py", {
     "parameters-not-checked": (
         "in (info | arrays).items() if not", "in info.items() if not", RUN, "not_finite"),
     "pickle-allowed": (
-        '"checkpoint.npz"))', '"checkpoint.npz"), allow_pickle=True)', RUN, "pickle"),
+        '"checkpoint.npz"))', '"checkpoint.npz"), allow_pickle=True)', SCRIPTS, "no_pickle"),
     "init-from-with-its-key": (
         '        arrays["agents/key"] = np.asarray(agents.key)\n', "", RUN, "init_from_starts"),
     "init-from-other-units": (
         ' or meta["config"]["units"] != said["units"]', "", RUN, "init_from_another"),
-    "init-from-any-script": (
-        'meta["config"]["script"] not in INIT_FROM or ', "", RUN, "init_from_another"),
     "init-from-trains-offline": (
         "[*phases(config)][skip:]", "[*phases(config)]", RUN, "init_from_starts"),
     "restored-without-shapes": (
@@ -314,6 +315,8 @@ plant("baselines/bc.py", {
         "first = np.append(0, np.flatnonzero(dataset.ends)[:-1])", LOSSES, "percent"),
     "bc-none-at-share-0": ("max(1, round(share * len(returns)))", "round(share * len(returns))",
                            LOSSES, "percent"),
+    "init-from-any-script": (
+        'meta["config"]["script"] not in INIT_FROM or ', "", RUN, "another_script"),
     "bc-all-trajectories": (
         "    dataset = best_trajectories(dataset, config.best_share)\n", "", LEARNING,
         "optimal"),

@@ -18,8 +18,8 @@ IQL = ["--tau=0.05", "--beta=10", "--discount=0.9"]
 
 # -------------------------------------------------------------------------------- A chain of states
 class Chain(gym.Env):
-    """An action above 1 goes right, another one left. Right of state 4 the episode terminates with
-    reward 1; after 3 steps it is cut, which must not count as an end."""
+    """An action above 1 goes right, another one left, and costs 0.1. Right of state 4 the episode
+    terminates with a gain of 1; after 3 steps it is cut, which must not count as an end."""
 
     observation_space = gym.spaces.Box(-np.inf, np.inf, (5,))
     action_space = gym.spaces.Box(-2.0, 2.0, (1,))
@@ -40,8 +40,8 @@ gym.register("Chain-v0", f"{__name__}:Chain", max_episode_steps=3)
 def chain_step(state, right):
     """Reward, next state, terminated; after the end the observation is that of state 0."""
     if right and state == 4:
-        return 1.0, 0, True
-    return 0.0, state + 1 if right else max(state - 1, 0), False
+        return 0.9, 0, True
+    return -0.1, state + 1 if right else max(state - 1, 0), False
 
 
 def play(actions, seed_of):
@@ -94,7 +94,7 @@ def same_in_units(found, rows, data, high):
 @pytest.mark.parametrize(("size", "high"), [(2, 2.0), (1, 1.0)])
 def test_the_dataset_is_the_episodes_in_the_agents_units(iql, size, high):
     """Where no action of the data leaves [-1, 1], that part of the box is the agent's."""
-    rows = record(f"chain{size}-v0", np.random.default_rng(1).choice([-size, size], 100))
+    rows = record(f"chain{size}-v0", np.random.default_rng(1).choice([-size, 0.6 * size], 200))
     dataset, source = iql.load_dataset(*iql.parse_config([f"--dataset=chain{size}-v0", *UNITS]))
     same_in_units(vars(dataset), rows, rows, high)
     assert source["units"]["actions"] == [high] and np.abs(dataset.actions).max() < 1
@@ -123,6 +123,7 @@ def test_online_transitions_are_the_environments(request, name, chain, tmp_path,
     ])  # fmt: skip
     arrays, _ = script.load(tmp_path)
     assert list(arrays["agents/critic/step"]) == [120 if name == "iql" else 50] * 2
+    assert name == "sac" or len({row["v"] for row in read_metrics(tmp_path)[:2]}) == 2  # keys
     assert sizes == [*range(41), 0, *range(41, 60), *[60] * 21, 0, *[60] * 20]
     buffers = {name.split("/")[1]: x for name, x in arrays.items() if name.startswith("buffers")}
     for i, first, last in [(0, 40, 80), (0, 80, 100), (1, 40, 80), (1, 80, 100)]:
@@ -130,7 +131,6 @@ def test_online_transitions_are_the_environments(request, name, chain, tmp_path,
         rows = play(2 * found["actions"], {0: 10**9 * (7 + i + 1) + first}.get)
         rows[5][-1] = True
         same_in_units(found, rows, chain, 2.0)
-        assert np.abs(found["actions"]).max() <= 1 and found["actions"].std() > 0.1
 
 
 @pytest.mark.parametrize(("name", "oldest"), [("iql", -300), ("sac", 0)])
@@ -204,7 +204,7 @@ def test_iql_finds_the_values_of_a_chain(iql, chain, expectile, level):
 
 
 def test_main_is_optimal_offline_and_online_and_imitation_is_not(iql, bc, chain, tmp_path):
-    """From state 2, 3 or 4 the end is reached in 3 steps: the best return is 1, else it is 0."""
+    """From state 2, 3 or 4 the end is reached in 3 steps; from the others it is not."""
     starts = [gym.make("Chain-v0").reset(seed=10_000 * 3 + i)[0].argmax() for i in range(20)]
     flags = [*CHAIN, "--seed=3", "--eval-episodes=20", "--offline-steps=3000", "--interval=200"]
     iql.main([*flags, *IQL, "--online-steps=400", f"--run-dir={tmp_path}/iql"])
@@ -212,7 +212,7 @@ def test_main_is_optimal_offline_and_online_and_imitation_is_not(iql, bc, chain,
     bc.main([*flags, "--best-share=0", f"--run-dir={tmp_path}/best"])  # of one trajectory
     found = {name: read_metrics(tmp_path / name) for name in ("iql", "bc", "best")}
     returns = {name: [float(row["return"]) for row in rows] for name, rows in found.items()}
-    optimum = pytest.approx(np.mean(np.array(starts) >= 2))
+    optimum = pytest.approx(np.mean(np.array([-0.3, -0.3, 0.7, 0.8, 0.9])[starts]))
     errors = [float(found[name][-1]["mean_error"]) for name in ("best", "bc")]
     assert [row["phase"] for row in found["iql"]] == ["offline"] * 15 + ["online"] * 2
     assert returns["iql"][12:] == [optimum] * 5

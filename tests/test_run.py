@@ -278,6 +278,8 @@ def test_init_from_starts_online_with_that_agent(iql, flags, unbroken, tmp_path)
     before, after = iql_arrays(folder), iql_arrays(tmp_path / "more")
     steps = [x["agents/critic/step"][0] for x in (before, after)]
     assert steps == [100, 160]  # it went on from that optimiser
+    theirs = jax.random.split(before["agents/key"][0], 3)[0]  # after a round of no steps
+    assert (iql_arrays(tmp_path / "run")["agents/key"][0] != theirs).any()  # the key is its own
 
 
 @pytest.mark.parametrize(("change", "words"), [
@@ -291,7 +293,8 @@ def test_init_from_another_agent_is_refused(change, words, iql, flags, unbroken,
 
 
 def test_init_from_another_script_is_refused(iql, bc, flags, unbroken, tmp_path):
-    more = ["--dataset", "pendulum/random-v0", "--hidden-dims", "16", "16", "--init-from"]
+    more = ["--dataset", "pendulum/random-v0", "--hidden-dims", "16", "16", "--normalize-returns",
+            "--init-from"]  # fmt: skip
     assert "another script" in go(bc, [*more, unbroken.folder, "--run-dir", tmp_path])
 
 
