@@ -507,7 +507,7 @@ def load_dataset(config, data, env):
         raise SystemExit(f"{config.dataset}: bad rows, baselines/collect.py check says which")
     scale = config.reward_scale * (1000 / np.ptp(returns) if config.normalize_returns else 1)
     units = {"observations": (1.0, 0.0), "rewards": (scale, config.reward_shift), "actions": high}
-    if config.normalize_observations:
+    if data and config.normalize_observations:
         std = rows.observations.std(axis=0, dtype=np.float64) + 1e-3
         units["observations"] = 1 / std, -rows.observations.mean(axis=0, dtype=np.float64) / std
     rows = rows.replace(

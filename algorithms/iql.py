@@ -17,7 +17,7 @@ same three losses go on, one update per step.
 
 Deviations from the authors' code (github.com/ikostrikov/implicit_q_learning):
  1. The policy's learning rate decays over --offline-steps, not a fixed million, and once more
-    online, where theirs is constant; in antmaze ours is, too, as in their fine-tuning config.
+    online, where theirs is constant, as ours is in antmaze and after --init-from.
  2. The reward scale also serves online; theirs is dropped there, so that fine-tuning on locomotion
     does not work (their issue #4). Fine-tuning outside antmaze, and PointMaze, are ours.
  3. Adroit uses the paper's expectile 0.7, beta 0.5; CORL reports better results with 0.8 and 3.
@@ -197,7 +197,7 @@ def create_agent(key, observation, action, config):
     actor_params = actor.init(actor_key, observation)
     critic_params = critic.init(critic_key, observation, action)
     value_params = value.init(value_key, observation)
-    rate, end = config.learning_rate, 0.0 if config.decay_actor_lr else 1.0
+    rate, end = config.learning_rate, 1.0 if config.init_from or not config.decay_actor_lr else 0.0
     updates = config.offline_steps, config.online_steps
     rates = [optax.cosine_decay_schedule(rate, max(1, count), end) for count in updates]
     actor_adam, adam = optax.adam(optax.join_schedules(rates, updates[:1])), optax.adam(rate)
@@ -392,7 +392,7 @@ def load_dataset(config, data, env):
         raise SystemExit(f"{config.dataset}: bad rows, baselines/collect.py check says which")
     scale = config.reward_scale * (1000 / np.ptp(returns) if config.normalize_returns else 1)
     units = {"observations": (1.0, 0.0), "rewards": (scale, config.reward_shift), "actions": high}
-    if config.normalize_observations:
+    if data and config.normalize_observations:
         std = rows.observations.std(axis=0, dtype=np.float64) + 1e-3
         units["observations"] = 1 / std, -rows.observations.mean(axis=0, dtype=np.float64) / std
     rows = rows.replace(

@@ -1054,7 +1054,7 @@ def load_dataset(config, data, env):
         raise SystemExit(f"{config.dataset}: bad rows, baselines/collect.py check says which")
     scale = config.reward_scale * (1000 / np.ptp(returns) if config.normalize_returns else 1)
     units = {"observations": (1.0, 0.0), "rewards": (scale, config.reward_shift), "actions": high}
-    if config.normalize_observations:
+    if data and config.normalize_observations:
         std = rows.observations.std(axis=0, dtype=np.float64) + 1e-3
         units["observations"] = 1 / std, -rows.observations.mean(axis=0, dtype=np.float64) / std
     rows = rows.replace(
@@ -1194,7 +1194,6 @@ def parse_config(arguments):
 def main(arguments=None):
     gym.logger.min_level = gym.logger.ERROR  # no advice that a -v4 environment is not the newest
     config, data, env = parse_config(arguments)
-    config = config if data else dataclasses.replace(config, normalize_observations=False)
     dataset, source = load_dataset(config, data, env)
     source = shifted(source, config)
     script, seeds = Path(__file__).stem, range(config.seed, config.seed + config.num_seeds)

@@ -15,7 +15,7 @@ imitate: the policy may leave where the critic is right, which only distance_to_
 
 Deviations from the authors' code (github.com/sfujim/TD3_BC):
  1. The online phase is ours: first 1,000 steps of the noisy offline policy; the target policy is
-    then the policy, Adam begins anew; TD3 divides Q by its mean magnitude, too. Mazes are ours.
+    then the policy, Adam anew; plain TD3 divides Q by mean|Q|, too, at least 1e-6; mazes are ours.
  2. Orthogonal initialisation; cut episodes keep their last rows; rounds begin with fresh episodes.
 """
 
@@ -392,7 +392,7 @@ def load_dataset(config, data, env):
         raise SystemExit(f"{config.dataset}: bad rows, baselines/collect.py check says which")
     scale = config.reward_scale * (1000 / np.ptp(returns) if config.normalize_returns else 1)
     units = {"observations": (1.0, 0.0), "rewards": (scale, config.reward_shift), "actions": high}
-    if config.normalize_observations:
+    if data and config.normalize_observations:
         std = rows.observations.std(axis=0, dtype=np.float64) + 1e-3
         units["observations"] = 1 / std, -rows.observations.mean(axis=0, dtype=np.float64) / std
     rows = rows.replace(

@@ -252,14 +252,17 @@ def test_updates_replayed_step_by_step(script):
     np.testing.assert_array_equal(agent.key, key)
 
 
-@pytest.mark.parametrize("decay", [True, False])
-def test_actor_learning_rate(iql, decay):
-    """Cosine to 0 over the offline updates, another over the online ones; or constant."""
+@pytest.mark.parametrize(("decay", "init_from"), [(True, ""), (False, ""), (True, "run")])
+def test_actor_learning_rate(iql, decay, init_from):
+    """Cosine to 0 over the offline updates, another over the online ones; or constant, as after
+    --init-from: the count of updates is another run's."""
     settings = dict(offline_steps=100, online_steps=50, learning_rate=1.0, decay_actor_lr=decay)
+    settings["init_from"] = init_from
     tx = template(iql, config_of(iql, **settings)).actor.tx
     step = lambda state, _: tx.update(jnp.ones(()), state)[::-1]  # noqa: E731
     steps = -jax.lax.scan(step, tx.init(jnp.ones(())), length=200)[1]  # Adam's, of a constant slope
-    expected = [1, 0.5, 2.4672e-4, 1, 0.5, 0] if decay else [1] * 6
+    falls = decay and not init_from
+    expected = [1, 0.5, 2.4672e-4, 1, 0.5, 0] if falls else [1] * 6
     found = steps[jnp.array([0, 50, 99, 100, 125, 199])]
     np.testing.assert_allclose(found, expected, rtol=1e-2, atol=1e-7)
 

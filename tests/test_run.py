@@ -174,7 +174,8 @@ def test_every_flipped_bit_and_every_cut_is_detected(iql, unbroken, tmp_path):
 
 
 def test_pickle_in_a_checkpoint_is_refused(iql, tmp_path):
-    np.savez(tmp_path / "checkpoint.npz", meta=np.array([print], object))
+    meta = np.frombuffer(b"{}", np.uint8)
+    np.savez(tmp_path / "checkpoint.npz", meta=meta, agents=np.array([print], object))
     with pytest.raises(SystemExit, match="unreadable"):
         iql.load(tmp_path)
 
