@@ -1,10 +1,9 @@
 """Implicit Q-learning (IQL): train on a fixed dataset, then go on in the environment.
 
 A Q-function trained on fixed data must not be asked about actions the data lacks: nothing corrects
-its answer. IQL never asks. V is an upper expectile of Q over the data's actions (a maximum within
-their support), Q regresses on r + discount * V(s'), and the policy imitates the data, each action
-weighted by how much better than V it was. Online every new transition joins the dataset, and the
-same three losses go on, one update per step.
+its answer. IQL never asks. V is an upper expectile of Q over the data's actions, Q regresses on
+r + discount * V(s'), and the policy imitates the data, each action weighted by how much better than
+V it was. Online new transitions join the dataset, and the same losses go on, an update per step.
 
     Kostrikov, Nair, Levine: Offline RL with Implicit Q-Learning, arXiv 2110.06169
 
@@ -22,7 +21,8 @@ Deviations from the authors' code (github.com/ikostrikov/implicit_q_learning):
     does not work (their issue #4). Fine-tuning outside antmaze, and PointMaze, are ours.
  3. Adroit uses the paper's expectile 0.7, beta 0.5; CORL reports better results with 0.8 and 3.
  4. Dataset and online transitions are stored apart: no capacity is lost. Rounds begin with fresh
-    episodes, the last ones are cut off, as by a time limit; evaluations repeat their starts.
+    episodes, the last ones are cut off, as by a time limit; evaluations repeat their starts. Last
+    rows of cut episodes stay. Minari's antmaze goes on at the goal, whose value is 0 all the same.
 """
 
 # /// script

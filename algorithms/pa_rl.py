@@ -29,14 +29,16 @@ The policy is cloned (pretrain), the critic learns with the policy frozen (offli
 every episode as many distillations and then critic updates follow as it had steps (online).
 
 Deviations from the authors' code (github.com/MaxSobolMark/PolicyAgnosticRL):
- 1. Targets take actions from the softmax, as in the code that made the paper's figures; its release
-    takes the best one (--target-selection argmax), and optimises them thrice per batch, not once.
+ 1. Targets take actions from the softmax, the pi* of the paper; the release takes the best one
+    (--target-selection argmax), and optimises them thrice per batch, not once. In kitchen one flag
+    of the release rules both acting and evaluation; here episodes draw and evaluation is greedy.
  2. Masks are the Minari data's, not read off the rewards: the same where success ends an episode,
     which it does not in D4RL's kitchen, antmaze and pointmaze. A failed online episode has the
     return of endless failure, as in Cal-QL, not its finite sum.
- 3. A histogram's target outside its range counts as the nearest end. All critics count where there
-    are no more than are drawn (with replacement). Only their outputs are initialised with 1e-2, and
-    V's; in the release also the policies', and the layer before, which LayerNorm rescales.
+ 3. Critics have output layers of their own; the release's share one. A histogram's target outside
+    its range counts as the nearest end. All critics count where there are no more than are drawn
+    (with replacement). Only their outputs are initialised with 1e-2, and V's; in the release also
+    the policies', and the layer before, which LayerNorm rescales.
  4. Tokens are sampled with fresh noise per dimension and without dropout. Evaluation's noise comes
     from the observations. Until the critic has learnt, the policy itself acts, and imitates data.
  5. Online time is counted in environment steps. Rounds begin with fresh episodes; the last ones are
@@ -154,7 +156,7 @@ POLICY_SETTINGS = {  # what a class of policy has where nothing else is given
     "gaussian": dict(policy_blocks=0, cloning_learning_rate=3e-4, policy_learning_rate=1e-4,
                      cloning_schedule="constant", policy_tau=1.0),
 }  # fmt: skip
-MAZE = dict(reward_shift=-1.0, value_bins=128, return_rule="sparse", eval_episodes=100)
+MAZE = dict(reward_shift=-1.0, value_bins=128, return_rule="infinite", eval_episodes=100)
 MUJOCO_TASKS = dict(normalize_observations=True, normalize_returns=True, cql_alpha=0.01)
 PRESETS = {  # auto: the first whose name is in the dataset's or the environment's, else mujoco
     "sac-medium-replay": MUJOCO_TASKS | dict(  # what a CPU does in minutes
@@ -245,7 +247,7 @@ class DiffusionPolicy(nn.Module):
         steps = self.config.denoising_steps
         level = np.cos((np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2) ** 2  # (T + 1,)
         alpha = 1 - np.minimum(1 - level[1:] / level[:-1], 0.999)  # (T,)
-        return jnp.float32(alpha), jnp.float32(np.cumprod(alpha))
+        return jnp.asarray(alpha), jnp.asarray(np.cumprod(alpha))
 
     def sample(self, params, observations, key):
         alpha, product = self.schedule()
@@ -300,10 +302,10 @@ class TransformerPolicy(nn.Module):
             attention = nn.MultiHeadDotProductAttention(
                 config.attention_heads, broadcast_dropout=False, **options
             )
-            x = x + dropout()(attention(nn.LayerNorm()(x), mask=causal))
-            block = nn.gelu(nn.Dense(4 * width)(nn.LayerNorm()(x)))  # (B, A, 4 W)
+            x = x + dropout()(attention(nn.LayerNorm(1e-5)(x), mask=causal))
+            block = nn.gelu(nn.Dense(4 * width)(nn.LayerNorm(1e-5)(x)))  # (B, A, 4 W)
             x = x + dropout()(nn.Dense(width)(block))
-        features = nn.elu(nn.Dense(width)(nn.LayerNorm()(x)))  # (B, A, W)
+        features = nn.elu(nn.Dense(width)(nn.LayerNorm(1e-5)(x)))  # (B, A, W)
         return nn.Dense(config.action_bins)(features)  # (B, A, V)
 
     def tokens(self, actions):

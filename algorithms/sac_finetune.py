@@ -22,18 +22,18 @@ its difference is dropped, and --mode says how the collapse is met:
     python algorithms/sac_finetune.py --mode conservative           # pre-trains with CQL first
     python algorithms/sac_finetune.py --mode naive --init-from RUN  # of cql.py or cal_ql.py
     python algorithms/cql.py --num-critics 10 --layer-norm --run-dir RUN  # and then WSRL's own form
-    python algorithms/sac_finetune.py --mode wsrl --num-critics 10 --target-critics 2 \
-        --layer-norm --policy-learning-rate 2.2e-4 --init-from RUN
+    python algorithms/sac_finetune.py --preset mujoco-wsrl --init-from RUN
 
 Deviations from the authors' code (github.com/zhouzypaul/wsrl, github.com/QinwenLuo/OCR-CFT):
  1. --mode wsrl alone is WSRL's schedule on plain networks, so that all modes can start from one
-    agent. The last two commands have its ensemble, random pair in the target and LayerNorm, but
-    cql.py's settings. Its update calls Adam with a zero gradient for what is not updated, so its
-    policy moves about twice as far (sqrt 5) as its rate of 1e-4 says: hence 2.2e-4.
+    agent; presets *-wsrl add its ensemble, random pair in the target, LayerNorm, and a rate: its
+    update calls Adam with a zero gradient for what is not updated, so that its policy moves about
+    twice as far (sqrt 5) as its rate of 1e-4 says: hence 2.2e-4.
  2. Its critics share one output layer (only the hidden layers are an ensemble); ours have heads of
     their own. Our pair is drawn without replacement, and not for the difference; the policy's std
-    depends on the state in antmaze, too; policy and temperature see the last of the critic's
-    minibatches, not all; the temperature takes the entropy in s, not s'.
+    depends on the state in antmaze, too, its log with a learnt scale and shift. The temperature is
+    exp, not softplus, of what is learnt, and takes the entropy in s, not s'; it and the policy see
+    the last of the critic's minibatches, not all. Budgets are ours.
  3. naive and mixed update the critic first; WSRL's code, at one update per step, takes all
     gradients at the old parameters. The first 1,000 steps are the frozen policy's, too. Rounds
     begin with fresh episodes; the last are cut off as by a time limit. cql.py's hold, too.
@@ -119,7 +119,7 @@ class Config:
     micro_batches: int = 8  # parts of a batch, one after the other; 8 suit a CPU, 1 a GPU
     backup_actions: int = 1  # next actions, of which the best counts
     importance_sampling: bool = True  # no: the data's action joins the sampled ones, unweighted
-    difference_min: float = -1e9  # the difference of a state and action is clipped from below
+    difference_range: tuple[float, float] = (-1e9, 1e9)  # a row's difference is clipped to it
     # Fine-tuning
     mode: Literal["naive", "mixed", "wsrl", "conservative"] = "naive"  # online, see above
     critic_updates: int | None = None  # per online update, a minibatch each; see MODES
@@ -138,12 +138,13 @@ MAZE |= dict(reward_shift=-5.0, critic_hidden_dims=(256,) * 4, eval_episodes=100
 WIDE = dict(hidden_dims=(512,) * 3, critic_hidden_dims=(512,) * 3)
 PRESETS = {  # auto: the first whose name is in the dataset's or the environment's, else mujoco
     "sac-medium-replay": MUJOCO_CQL | dict(offline_steps=10**4, online_steps=10**4, interval=2000),
-    "antmaze": MAZE,
-    "pointmaze": MAZE,
+    "maze": MAZE,  # antmaze, pointmaze
     "kitchen": WIDE | dict(importance_sampling=False, backup_actions=10, offline_steps=500_000),
-    "adroit": THREE_LAYERS | dict(cql_alpha=1.0, backup_actions=10, difference_min=-200.0),
+    "adroit": THREE_LAYERS | dict(cql_alpha=1.0, backup_actions=10, difference_range=(-200.0, 1e9)),
     "mujoco": THREE_LAYERS | MUJOCO_CQL,
 }
+WSRL = dict(mode="wsrl", num_critics=10, layer_norm=True, policy_learning_rate=2.2e-4)
+PRESETS |= {f"{name}-wsrl": settings | WSRL for name, settings in PRESETS.items()}
 MODES = {  # what Config leaves open, by mode
     "naive": dict(warmup_steps=1_000, offline_ratio=0.0, critic_updates=1),
     "mixed": dict(warmup_steps=1_000, offline_ratio=0.5, critic_updates=1),
@@ -344,7 +345,7 @@ def conservative_difference(params, agent, batch, data_q, key, config):
     else:
         q = jnp.concatenate([q, data_q[:, None]], axis=1)  # (N, 3 M + 1, B)
     difference = jax.nn.logsumexp(q, axis=1) - data_q  # (N, B)
-    return jnp.maximum(difference, config.difference_min).mean(axis=1)
+    return jnp.clip(difference, *config.difference_range).mean(axis=1)
 
 
 def bellman_error(params, agent, batch, key, num_actions, config):

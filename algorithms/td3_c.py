@@ -20,7 +20,7 @@ are known here, equations and settings are not: its numbers are not the paper's 
 
 pi_ref, by --reference: ema (the target policy), periodic (a copy every reference_period updates)
 or frozen (the offline policy; then --epsilon 0.0025 --epsilon-end 0.04 is OCR-CFT's line).
---epsilon inf: td3_bc.py --online-loss td3; --dual annealed --multiplier 0.8: PROTO's penalty.
+--epsilon inf: td3_bc.py --online-loss td3; --dual annealed --multiplier 0.8: PROTO's, in MuJoCo.
 
     python algorithms/td3_c.py                  # the dataset in this repository
     python algorithms/td3_c.py --init-from RUN  # of td3_bc.py, or of this, with --online-steps 0

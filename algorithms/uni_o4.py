@@ -37,10 +37,11 @@ Deviations from the paper: (c) as in the authors' code, which the presets *-code
  5. Online the log-std passes tanh once, V's change is not clipped; theirs: twice, by 0.05 (c).
  6. One reward scale serves all phases; no running scale, V is not fitted again.
  7. IQL's critics everywhere; two of their scripts use SARSA and Monte-Carlo. Orthogonal layers with
-    gain sqrt(2), small output layers, a new policy's std of 0.5 (theirs 0.08).
- 8. The model sees the agent's units; all its members draw from all rows (theirs: from a bootstrap
-    sample each), and a round ends an epoch. Offline the clip is constant; theirs falls to that
-    value in the first 200 updates. Members are cloned side by side.
+    gain sqrt(2), but small outputs of the policies, whose std begins at 0.5 (theirs 0.08).
+ 8. The model sees the agent's units, divided by the data's std plus 1e-3 (theirs: 1e-10); all its
+    members draw from all rows (theirs: from a bootstrap sample each), and a round ends an epoch.
+    Offline the clip is constant; theirs falls to that value in the first 200 updates. Members are
+    cloned side by side.
  9. Where their scripts search horizons or learning rates, a preset has one; pointmaze is ours.
 10. Rounds begin with fresh episodes, the last ones are cut off, as by a time limit.
 """

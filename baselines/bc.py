@@ -14,7 +14,8 @@ online: the script ends where the others begin.
 Deviations from the %BC of the Decision Transformer's authors (their own code):
  1. The policy is IQL's Gaussian, with log-likelihood; theirs is deterministic, with squared error,
     a transformer's context where one is used, and weight decay.
- 2. Trajectories are chosen by their share of all trajectories; theirs by their share of all steps.
+ 2. Trajectories are chosen by their share of all trajectories, rounded, the best by undiscounted
+    return; theirs by their share of all steps.
 """
 
 # /// script

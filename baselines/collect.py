@@ -7,6 +7,7 @@ the field, the row and what helps.
 
     python baselines/collect.py convert hopper.hdf5 --env-id Hopper-v4 --id mine/hopper-v0
     python baselines/collect.py check mine/hopper-v0
+    python baselines/collect.py goals D4RL/antmaze/umaze-v1 --id mine/umaze-v0
     python baselines/collect.py pointmaze umaze --steps 300000
     python baselines/collect.py rollout runs/iql/mine/hopper-v0/seed0 --steps 10000 --id mine/iql-v0
     python baselines/collect.py replay runs/sac/Hopper-v5/seed0 --id mine/replay-v0
@@ -97,6 +98,15 @@ class Check:
     id: Positional[str]  # looked up in baselines/datasets, then in Minari's folder
     env_id: str = ""  # Gymnasium id; default: the dataset's evaluation environment
     write_reference: bool = False  # add D4RL's reference returns to its metadata
+
+
+@dataclasses.dataclass(frozen=True)
+class Goals:
+    """End the episodes of a Minari dataset at the goal, where its environment goes on."""
+
+    source: Positional[str]  # for example D4RL/antmaze/umaze-v1
+    id: str  # Minari id to write
+    force: bool = False  # delete an existing dataset of this id
 
 
 @dataclasses.dataclass(frozen=True)
@@ -595,6 +605,26 @@ def check(request):
             warn(" ".join(str(warning.message).split()))
 
 
+def goals(request):
+    """A copy of a dataset whose episodes, and those of its environment, end at the first reward
+    above 0: a termination. What came after it is dropped."""
+    check_new_id(request)
+    dataset, episodes = open_dataset(request.source)
+    whole = make_environment(partial(dataset.recover_environment, eval_env=True))
+    env = make_environment(partial(gym.make, whole.spec, continuing_task=False))
+
+    def begin(x, count):
+        return {name: begin(x[name], count) for name in x} if isinstance(x, dict) else x[:count]
+
+    cut = []
+    for episode in episodes:
+        at_goal = episode.rewards > 0  # (T,)
+        steps = 1 + int(at_goal.argmax()) if at_goal.any() else len(at_goal)
+        rest = episode.actions[:steps], episode.rewards[:steps], at_goal[:steps]
+        cut.append(episode_buffer(begin(episode.observations, steps + 1), *rest))
+    write_dataset(request, cut, env, env, "collect.py goals", f"{request.source}, to the goal")
+
+
 # -------------------------------------------------------------------------------------- Collecting
 def episode_seed(seed, episode):
     """Reset seed of one episode; every episode has its own, so that any can be played again."""
@@ -850,7 +880,10 @@ def replay(request):
 
 
 # -------------------------------------------------------------------------------------------- main
-COMMANDS = {Convert: convert, Check: check, Pointmaze: pointmaze, Rollout: rollout, Replay: replay}
+COMMANDS = {
+    Convert: convert, Check: check, Goals: goals, Pointmaze: pointmaze, Rollout: rollout,
+    Replay: replay,
+}  # fmt: skip
 
 
 def main(arguments=None):

@@ -22,7 +22,8 @@ Deviations from the authors' code (github.com/ikostrikov/rlpd):
  3. Kitchen, PointMaze and the default's short budget (`utd_ratio` 4) are ours; Adroit here is
     D4RL's dense one, theirs the binary one. Antmaze is evaluated less often, on more episodes.
  4. With --offline-steps, one minibatch per update (theirs 20), and no uniform start after it.
- 5. Rounds begin with fresh episodes, the last ones are cut off, as by a time limit.
+ 5. Rounds begin with fresh episodes, the last ones are cut off, as by a time limit. Minari's
+    antmaze goes on at the goal, whose value is 0 all the same (collect.py goals ends it there).
 """
 
 # /// script

@@ -379,6 +379,23 @@ def metrics_table():
     return "\n".join(lines)
 
 
+def golden_table():
+    """The largest errors against the authors' own numbers, as tests/test_golden.py wrote them."""
+    columns = {"losses, values": ("losses", "values", "shares"), "gradients": ("gradients",),
+               "parameters after updates": ("parameters",)}  # fmt: skip
+    lines = [f"| numbers | computed by | our script | {' | '.join(columns)} |"]
+    lines.append("|---" * (3 + len(columns)) + "|")
+    for name, row in json.loads((HOME / "golden.json").read_text()).items():
+        commit = f" {row['commit'][:7]}" if row["commit"] else ""
+        cells = [f"`{name}`", f"{row['repository'] or 'see its page'}{commit}"]
+        cells += [f"[{Path(row['script']).name}](../{row['script']})"]
+        for kinds in columns.values():
+            errors = [error for kind, error in row["errors"].items() if kind in kinds]
+            cells.append(f"{max(errors):.0e}" if errors else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 # ------------------------------------------------------------------------------------------- Page
 
 
@@ -451,7 +468,7 @@ def generate(records, folder, figures):
     readme = (HOME / "README.md").read_text()
     for name, text in {
         "second edition": tables[2], "first edition": tables[1], "failures": ended,
-        "guide": guide(), "metrics": metrics_table(),
+        "golden": golden_table(), "guide": guide(), "metrics": metrics_table(),
     }.items():  # fmt: skip
         readme = between(readme, name, text)
     return {HOME / "README.md": readme, HOME / "index.html": page(records, groups, failed)}

@@ -552,6 +552,29 @@ def test_maze_dataset_reads_back(collect, iql, local, capsys):
     assert (folder / "main_data.hdf5").read_bytes() == first
 
 
+def test_goals_end_episodes(collect, local, capsys):
+    """A copy stops at the first reward above 0, a termination, and so does its environment; an
+    episode without one stays whole, cut off."""
+    env, rng = gym.make("PointMaze_UMaze-v3", continuing_task=True), np.random.default_rng(0)
+    spaces = env.observation_space.spaces
+    episodes = [
+        collect.episode_buffer(
+            {name: rng.normal(size=(6, *space.shape)) for name, space in spaces.items()},
+            rng.uniform(-1, 1, (5, 2)), rewards, np.zeros(5),
+        )
+        for rewards in ([0, 0, 1, 1, 0], [0] * 5)
+    ]  # fmt: skip
+    minari.create_dataset_from_buffers("maze/on-v0", episodes, env=env, eval_env=env)
+    collect.main(["goals", "maze/on-v0", "--id", "maze/ends-v0"])
+    assert "1 end by termination" in capsys.readouterr().out.replace("episodes ", "")
+    dataset = minari.load_dataset("maze/ends-v0")
+    first, second = dataset.iterate_episodes()
+    assert list(first.rewards) == [0, 0, 1] and list(first.terminations) == [False, False, True]
+    assert first.observations["observation"].shape == (4, 4)
+    assert len(second.rewards) == 5 and not second.terminations.any() and second.truncations[-1]
+    assert dataset.recover_environment(eval_env=True).spec.kwargs["continuing_task"] is False
+
+
 @pytest.mark.parametrize("flag", ["--noise -0.1", "--noise nan", "--steps 0", "--seed -1"])
 def test_maze_refusals(refused, flag):
     assert_words(refused("pointmaze", "umaze", *flag.split()), f"{flag}: must be in [")
@@ -712,4 +735,4 @@ def test_help(collect, capsys):
     with pytest.raises(SystemExit):
         collect.main(["--help"])
     out = capsys.readouterr().out
-    assert_words(out, "• convert ", "• check ", "• pointmaze ", "• rollout ", "• replay ")
+    assert_words(out, "• convert ", "• check ", "• goals ", "• pointmaze ", "• rollout ", "• replay ")

@@ -35,7 +35,7 @@ VARIANTS = {
     "fixed weight": dict(cql_alpha=2.0),
     "lagrange, best of 4": dict(cql_alpha=2.0, lagrange=True, target_gap=0.7, backup_actions=4),
     "no importance sampling": dict(
-        cql_alpha=0.5, importance_sampling=False, difference_min=0.5, target_critics=1
+        cql_alpha=0.5, importance_sampling=False, difference_range=(0.5, 1e9), target_critics=1
     ),
 }
 ALL = ["cql", "cal_ql", "sac_finetune"]
@@ -111,7 +111,7 @@ def difference_of(p, s, b, noise, c, xp, calibrated):
     z = xp.stack(entries)  # (3 M or 3 M + 1, N, B)
     highest = z.max(axis=0)
     difference = xp.log(xp.exp(z - highest).sum(axis=0)) + highest - data_q
-    return xp.maximum(difference, c.difference_min).mean(axis=1)
+    return xp.clip(difference, *c.difference_range).mean(axis=1)
 
 
 def bellman_of(p, s, b, noise, c, xp):

@@ -1,0 +1,754 @@
+"""Every loss, gradient and update against numbers that the authors' own code computed.
+
+tests/golden/ holds inputs and outputs of the official repositories, float64, recorded noise
+included; its pages say of which commit and function. Here the scripts get the same parameters,
+batches and noise, in float64 and without jit, so that recorded draws can take the place of random
+ones. Where a script differs on purpose, the stated difference is what is asserted.
+
+    python tests/test_golden.py    # writes results/golden.json: the largest errors of each file
+"""
+
+import functools
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import distrax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT, load_script
+from flax.training.train_state import TrainState
+
+GOLDEN = Path(__file__).parent / "golden"
+CASES = {}  # file: (script, function, tolerance)
+
+# The layers of a network: how our parameter's path begins, and theirs.
+MLP = {f"MLP_0/Dense_{i}": f"hidden_{i}" for i in (0, 1)}
+MLP |= {f"MLP_0/LayerNorm_{i}": f"hidden_{i}/norm" for i in (0, 1)}
+VALUE = MLP | {"kernel": "out/kernel", "bias": "out/bias"}
+POLICY = MLP | {"Dense_0": "mean", "Dense_1": "log_std"}
+TD3_POLICY = {"layers_0/Dense_0": "hidden_0", "layers_0/Dense_1": "hidden_1", "layers_1": "out"}
+MODEL = {"Dense_0": "hidden_0", "Dense_1": "hidden_1", "Dense_2": "both"}
+PA_CRITIC = MODEL | {f"LayerNorm_{i}": f"hidden_{i}/norm" for i in (0, 1)} | {"Dense_2": "out"}
+
+
+# ----------------------------------------------------------------------------------------- Helpers
+@functools.lru_cache
+def golden(name):
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        return {key: file[key] for key in file.files}
+
+
+def case(script, *files, tolerance=1e-12):
+    """Registers a function (d, found), which holds the script to the numbers `d` of a file."""
+    return lambda function: CASES.update({f: (script, function, tolerance) for f in files})
+
+
+class Found:
+    """The errors of what is compared, and the draws that take the place of random ones."""
+
+    def __init__(self, patch, script):
+        self.script, self.errors, self.draws, self.grads = script, [], [], []
+        for name in ("normal", "uniform", "choice", "randint", "categorical", "permutation"):
+            draw = functools.partial(self.draw, name, getattr(jax.random, name))
+            patch.setattr(jax.random, name, draw)
+        apply = TrainState.apply_gradients
+        spy = lambda state, *, grads: self.grads.append(grads) or apply(state, grads=grads)  # noqa: E731
+        patch.setattr(TrainState, "apply_gradients", spy)
+
+    def draw(self, name, original, *arguments, **keywords):
+        if not self.draws:  # distrax asks for shapes
+            return original(*arguments, **keywords)
+        expected, value = self.draws.pop(0)
+        assert name == expected, f"{name} is drawn where {expected} was recorded"
+        shape = keywords.get("shape", arguments[1] if len(arguments) > 1 else ())
+        shape = shape if name in ("normal", "uniform") else np.shape(value)
+        return value(*arguments) if callable(value) else jnp.reshape(value, shape)
+
+    def hold(self, kind, ours, theirs):
+        """Two trees of the same form. An error is relative to an array's largest entry."""
+        ours, theirs = jax.tree.leaves(ours), jax.tree.leaves(theirs)
+        assert len(ours) == len(theirs) > 0
+        for a, b in zip(ours, theirs, strict=True):
+            a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+            assert a.shape == b.shape, (kind, a.shape, b.shape)
+            scale = max(np.abs(b).max(), 1e-300)
+            self.errors.append((kind, float(np.abs(a - b).max() / scale)))
+
+    def call(self, function, *arguments, draws=()):
+        """A function of the script with these draws; what Adam is given meanwhile is in `grads`."""
+        self.draws, self.grads = list(draws), []
+        found = getattr(self.script, function)(*arguments)
+        assert not self.draws, f"not drawn: {self.draws}"
+        return found
+
+    def loss(self, function, params, *arguments, draws=()):
+        """(loss, metrics) and gradient of one of the script's losses."""
+        self.draws = list(draws)
+        differentiate = jax.value_and_grad(getattr(self.script, function), has_aux=True)
+        found = differentiate(params, *arguments)
+        assert not self.draws, f"not drawn: {self.draws}"
+        return found
+
+
+def read(d, prefix, like, layers, members=None):
+    """Their parameters (or gradients) at `prefix`, in the form of our tree `like`; of an ensemble
+    with the axis of its members in front."""
+
+    def leaf(path, x):
+        ours = jax.tree_util.keystr(path, simple=True, separator="/").removeprefix("params/")
+        begin = next((b for b in layers if f"{ours}/".startswith(f"{b}/")), "")
+        name = f"{layers.get(begin, '')}{ours.removeprefix(begin)}".strip("/")
+        prefixes = [prefix] if members is None else [f"{prefix}/{i}" for i in range(members)]
+        return np.stack([d[f"{p}/{name}".strip("/")] for p in prefixes]).reshape(x.shape)
+
+    return jax.tree.map(jnp.asarray, jax.tree_util.tree_map_with_path(leaf, like))
+
+
+def params_of(agent, field):
+    return getattr(getattr(agent, field), "params", getattr(agent, field))
+
+
+def agent_of(script, d, config, networks):
+    """The script's agent with their parameters; networks: {field: (theirs, layers, members)}."""
+    agent = script.create_agent(jax.random.PRNGKey(0), np.zeros((1, 5)), np.zeros((1, 2)), config)
+    for field, (name, layers, members) in networks.items():
+        params = read(d, f"before/{name}", params_of(agent, field), layers, members)
+        agent = with_params(agent, **{field: params})
+    return agent
+
+
+def with_params(agent, **trees):
+    """An agent with these parameters and fresh optimisers, in float64."""
+    for field, params in trees.items():
+        part = getattr(agent, field)
+        if isinstance(part, TrainState):
+            params = part.replace(params=params, opt_state=part.tx.init(params))
+        agent = agent.replace(**{field: params})
+    return agent
+
+
+def batch_of(script, d, k, rows=slice(None)):
+    """Their batch k as the script's."""
+    names = ("observations", "actions", "rewards", "next_observations", "masks", "mc_returns")
+    zeros = np.zeros(len(d[f"batch/{k}/observations"]))
+    arrays = {name: jnp.asarray(d.get(f"batch/{k}/{name}", zeros)[rows]) for name in names}
+    return script.Batch(**arrays, ends=jnp.asarray(zeros[rows]))
+
+
+def hold_params(found, d, at, agent, networks):
+    """Parameters after updates, and how far they have moved."""
+    for field, (name, layers, members) in networks.items():
+        ours = params_of(agent, field)
+        theirs, before = (read(d, f"{x}/{name}", ours, layers, members) for x in (at, "before"))
+        found.hold("parameters", ours, theirs)
+        move = [np.concatenate([np.ravel(a - b) for a, b in zip(*map(jax.tree.leaves, pair))])
+                for pair in ((ours, before), (theirs, before))]  # fmt: skip
+        found.hold("change", *move)
+
+
+def replay(d, found, config, networks, moves, infos, draws=lambda k: (), after=(1, 5)):
+    """Updates from `before` on: gradients of the first one in the order of `moves`, every update's
+    metrics {ours: theirs, one per update}, and parameters after some."""
+    agent = agent_of(found.script, d, config, networks)
+    for k in range(after[-1]):
+        inputs = agent, batch_of(found.script, d, k), config
+        agent, info = found.call("update", *inputs, draws=draws(k))
+        assert len(found.grads) >= len(moves)
+        for field, grads in zip(moves * (k == 0), found.grads, strict=False):
+            name, *how = networks[field]
+            found.hold("gradients", grads, read(d, f"grad/{name}", grads, *how))
+        for ours, theirs in infos.items():
+            found.hold("shares" if "below" in ours else "losses", info[ours], theirs[k])
+        if k + 1 in after:
+            hold_params(found, d, f"after{k + 1}", agent, networks)
+
+
+def run(name, patch):
+    """The errors [(kind, error), ...] of a file."""
+    script, function, _ = CASES[name]
+    with jax.enable_x64(True), jax.disable_jit():
+        found = Found(patch, load_script(script))
+        function(golden(name), found)
+    return found.errors
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_authors_code(name, monkeypatch):
+    errors, tolerance = run(name, monkeypatch), CASES[name][2]
+    # a change is a difference of nearly equal numbers; a mean of booleans is float32 in JAX
+    allowed = {"change": max(1e-10, tolerance), "shares": 1e-7}
+    bad = [(kind, error) for kind, error in errors if not error <= allowed.get(kind, tolerance)]
+    assert errors and not bad, bad
+
+
+def test_every_file_is_held_or_waits_for_its_system():
+    files = {path.stem for path in GOLDEN.glob("*.npz")}
+    waiting = "ooo|opal|boorl|off2on|apl|adaptive_bc"
+    assert files == CASES.keys() | {name for name in files if re.match(waiting, name)}
+
+
+# -------------------------------------------------------------------------------------- IQL and BC
+def networks_of(policy=POLICY, critics=2, **others):
+    names = {"critic": "critic", "target_critic_params": "target_critic"}
+    return {"actor": ("actor", policy, None)} | others | {
+        field: (name, VALUE, critics) for field, name in names.items()
+    }  # fmt: skip
+
+
+@case("algorithms/iql.py", "iql_mujoco")
+def iql(d, found):
+    config = found.script.Config(hidden_dims=(8, 8), offline_steps=10, online_steps=0)
+    infos = {f"{x}_loss": d[f"loss/{x}"] for x in ("value", "actor", "critic")}
+    infos |= {"v": d["metric/v"], "q": (d["metric/q1"] + d["metric/q2"]) / 2}
+    infos |= {"advantage": d["metric/advantage"].mean(axis=1)}
+    networks = networks_of(value=("value", VALUE, None))
+    replay(d, found, config, networks, ("value", "actor", "critic"), infos)
+
+
+@case("baselines/bc.py", "bc")
+def bc(d, found):
+    networks = {"actor": ("actor", POLICY, None)}
+    infos = {"actor_loss": d["loss/actor"]}
+    replay(d, found, found.script.Config(hidden_dims=(8, 8)), networks, ("actor",), infos)
+
+
+# ------------------------------------------------------------------------------ SAC, RLPD and WSRL
+SAC = dict(hidden_dims=(8, 8), learning_rate=3e-3, tau=0.1, discount=0.97, entropy_per_action=-0.75)
+TEMPERATURE = ("temperature", {"log_temperature": "raw"}, None)
+
+
+def sac_family(d, found, config, critics, draws, trace):
+    """Losses and gradients of the first update, all at the parameters before it; three updates."""
+    networks = networks_of(critics=critics, temperature=TEMPERATURE)
+    agent, script = agent_of(found.script, d, config, networks), found.script
+    first, last = batch_of(script, d, 0, slice(6)), batch_of(script, d, 0, slice(-6, None))
+    noise = draws(0)
+    inputs = {"critic": (first, noise[: len(noise) - 1]), "actor": (last, noise[-1:])}
+    inputs["critic"] = first, noise[: 1 + (critics > 2)]
+    for field, (batch, drawn) in inputs.items():
+        params, rest = params_of(agent, field), (agent, batch, jax.random.PRNGKey(0), config)
+        (loss, info), grads = found.loss(f"{field}_loss", params, *rest, draws=drawn)
+        found.hold("losses", loss, d[f"loss/{field}"])
+        found.hold("gradients", grads, read(d, f"grad/{field}", grads, *networks[field][1:]))
+    found.hold("losses", info["entropy"], d["value/entropy"])
+    rest = agent, info["entropy"], 2, config
+    (loss, _), grads = found.loss("temperature_loss", agent.temperature.params, *rest)
+    found.hold("losses", loss, d["loss/temperature"])
+    found.hold("gradients", grads, [d["grad/temperature/raw"]])
+    infos = {name: d[f"trace/{name}"] for name in ("actor_loss", "temperature_loss", "entropy")}
+    replay(d, found, config, networks, (), infos | trace, draws, after=(1, 3))
+    return agent, last
+
+
+@case("baselines/sac.py", "sac")
+def sac(d, found):
+    draws = lambda k: [("normal", d[f"noise/{x}"][k]) for x in ("next_action", "action")]  # noqa: E731
+    trace = {"critic_loss": d["trace/critic_loss"]}
+    sac_family(d, found, found.script.Config(**SAC), 2, draws, trace)
+
+
+@case("baselines/rlpd.py", "rlpd")
+def rlpd(d, found):
+    config = found.script.Config(**SAC, num_critics=3, batch_size=6, utd_ratio=2)
+    noise, pairs = d["noise/next_action"], d["noise/subset"].astype(int)
+
+    def draws(k):
+        critic = [[("normal", noise[k, u]), ("choice", pairs[k, u])] for u in (0, 1)]
+        return [*critic[0], *critic[1], ("normal", d["noise/action"][k])]
+
+    trace = {"critic_loss": d["trace/critic_loss"].mean(axis=1)}
+    agent, last = sac_family(d, found, config, 3, draws, trace)
+    found.hold("values", found.script.act(agent, last.observations, config), d["value/mode_action"])
+
+
+def given_to_all(d):
+    """One output layer for all critics, as every member's own."""
+    shared = [name for name in d if "/shared/" in name]
+    return d | {name.replace("shared", str(i)): d[name] for name in shared for i in range(3)}
+
+
+@case("algorithms/sac_finetune.py", "wsrl_separate_heads", "wsrl")
+def wsrl(d, found):
+    """Losses and gradients. Stated: our critic loss is the sum over critics, theirs the mean; our
+    temperature is exp, theirs softplus, of what is learnt; our heads are separate, and the gradient
+    of a shared one is the sum of theirs; our log-std has a learnt scale and shift."""
+    sizes = dict(hidden_dims=(8, 8), critic_hidden_dims=(8, 8), num_critics=3, layer_norm=True)
+    config = found.script.Config(**sizes, discount=0.97, mode="wsrl")
+    own = {"log_std_scale": np.ones(()), "log_std_shift": np.zeros(())}
+    full = given_to_all(d) | {f"{at}/actor/{x}": own[x] for at in ("before", "grad") for x in own}
+    agent = agent_of(found.script, full, config, networks_of(critics=3))
+    temperature = {"log": jnp.log(jax.nn.softplus(d["before/temperature/raw"]))}
+    agent = with_params(agent, temperature=temperature)
+    first, whole = batch_of(found.script, d, 0, slice(6)), batch_of(found.script, d, 0)
+
+    draws = [("normal", d["noise/next_action"][0, 0][None])]
+    draws += [("choice", d["noise/subset"][0, 0].astype(int))]
+    inputs = agent.critic.params, agent, first, jax.random.PRNGKey(0), config
+    (loss, _), grads = found.loss("online_critic_loss", *inputs, draws=draws)
+    found.hold("losses", loss / 3, d["loss/critic"])
+    ours = jax.tree.map(lambda x: x / 3, grads)["params"]
+    theirs = read(full, "grad/critic", grads, VALUE, 3)["params"]
+    if "grad/critic/shared/out/bias" in d:
+        for name in ("kernel", "bias"):
+            found.hold("gradients", ours.pop(name).sum(axis=0), theirs.pop(name)[0])
+    found.hold("gradients", ours, theirs)
+
+    inputs = agent.actor.params, agent, whole, jax.random.PRNGKey(0), config
+    (loss, info), grads = found.loss(
+        "actor_loss", *inputs, draws=[("normal", d["noise/action"][0])]
+    )
+    found.hold("losses", loss, d["loss/actor"])
+    ours, theirs = grads["params"], read(full, "grad/actor", grads, POLICY)["params"]
+    found.hold("gradients", *({x: t[x] for x in t if x not in own} for t in (ours, theirs)))
+    inputs = temperature, agent, info["entropy"], 2, config
+    found.hold("losses", found.loss("temperature_loss", *inputs)[0][0], d["loss/temperature_in_s"])
+
+
+# -------------------------------------------------------------------------------- CQL, Cal-QL, TD3
+def cql(d, found, **settings):
+    """Stated: our temperature's loss is linear in it, theirs in its logarithm, so that our gradient
+    is theirs times the temperature. What follows is compared with their form of it."""
+    sizes = dict(hidden_dims=(8, 8), critic_hidden_dims=(8, 8), num_actions=3, batch_size=6)
+    config = found.script.Config(**sizes, micro_batches=1, **settings)
+    moves = ("critic", "actor", "temperature", "multiplier")[: 3 + config.lagrange]
+    logs = {name: (f"log_{name}", {"log": ""}, None) for name in moves[2:]}
+
+    def draws(k):
+        noise = {x: d[f"noise/{k}/{x}"] for x in ("target", "uniform_actions", "policy")}
+        noise |= {x: d[f"noise/{k}/{x}"] for x in ("next_policy", "actor")}
+        first = {x: np.moveaxis(y, 1, 0) if y.ndim == 3 else y[None] for x, y in noise.items()}
+        drawn = [("normal", first["target"]), ("choice", np.arange(2))]
+        drawn += [("uniform", first["uniform_actions"]), ("normal", first["next_policy"])]
+        return [*drawn, ("normal", first["policy"]), ("normal", noise["actor"])]
+
+    def in_the_logarithm(params, agent, entropy, action_dim, config):
+        loss = params["log"] * (entropy - config.entropy_per_action * action_dim)
+        return loss, {"temperature_loss": loss, "temperature": jnp.exp(params["log"])}
+
+    raw = {"log": jnp.asarray(d["before/log_temperature"])}
+    agent = agent_of(found.script, d, config, {})
+    inputs = agent, -d["detail/log_prob"].mean(), 2, config
+    _, grads = found.loss("temperature_loss", raw, *inputs)
+    found.hold("gradients", grads["log"] / jnp.exp(raw["log"]), d["grad/log_temperature"])
+    found.script.temperature_loss = in_the_logarithm
+    infos = {"critic_loss": d["loss/td"].sum(axis=1), "q": d["metric/q"].mean(axis=1)}
+    infos |= {"difference": d["loss/difference"].mean(axis=1), "entropy": d["metric/entropy"]}
+    infos |= {f"{x}_loss": d[f"loss/{x}"] for x in ("actor", "temperature")}
+    infos |= {x: d[f"metric/{x}"] for x in moves[2:]}
+    if "calibrat" in found.script.__doc__.lower():
+        infos["below_return"] = d["metric/below_return"].mean(axis=(1, 2))
+    replay(d, found, config, networks_of(**logs), moves, infos, draws)
+
+
+CQL = {
+    "cql": dict(difference_range=(2.4, 2.66)),
+    "cql_lagrange": dict(lagrange=True, backup_actions=3),
+    "cal_ql": dict(lagrange=True, backup_actions=3),
+    "cal_ql_kitchen": dict(importance_sampling=False, backup_actions=3),
+}
+for _file, _settings in CQL.items():
+    _script = f"algorithms/{'cal_ql' if 'cal' in _file else 'cql'}.py"
+    case(_script, _file)(functools.partial(cql, **_settings))
+
+
+@case("algorithms/cal_ql.py", "monte_carlo_returns", tolerance=1e-7)  # ours are float32
+def monte_carlo_returns(d, found):
+    for name, how in json.loads(str(d["settings"]))["cases"].items():
+        rewards, masks = d[f"batch/{name}/rewards"], d[f"batch/{name}/masks"]
+        ends = np.append(1.0 - masks[:-1], 1.0)
+        rule = "infinite" if how["infinite_horizon"] else "sparse" if how["sparse"] else "finite"
+        failure = how["reward_scale"] * (how["reward_of_failure"] or 0.0) + how["reward_bias"]
+        config = found.script.Config(return_rule=rule, failure_reward=failure)
+        theirs, weight = d[f"returns/{name}"], 0.99 ** np.arange(len(rewards))
+        if name == "sparse_failure_terminated":  # stated: their rule does not look at the end
+            theirs = np.cumsum((weight * rewards)[::-1])[::-1] / weight
+        ours = found.call("monte_carlo_returns", rewards, masks, ends, config)
+        found.hold("values", ours, theirs)
+
+
+@case("baselines/td3_bc.py", "td3_bc")
+def td3_bc(d, found):
+    target = {"target_actor_params": ("target_actor", TD3_POLICY, None)}
+    networks, config = networks_of(TD3_POLICY, **target), found.script.Config(hidden_dims=(8, 8))
+    losses = {"actor_loss": "actor", "imitation": "imitation"}  # each stands for two updates
+    infos = {x: np.array([0, 2 * d[f"loss/{y}"][0], 0, 2 * d[f"loss/{y}"][1], 0])
+             for x, y in losses.items()} | {"critic_loss": d["loss/critic"]}  # fmt: skip
+    draws = lambda k: [("normal", d[f"noise/{k}/target"])]  # noqa: E731
+    replay(d, found, config, networks, ("critic",), infos, draws, after=(1, 2, 5))
+    agent = agent_of(found.script, d, config, networks)
+    for k in (0, 1):
+        inputs = agent, batch_of(found.script, d, k), config
+        agent, _ = found.call("update", *inputs, draws=draws(k))
+    found.hold("gradients", found.grads[-1], read(d, "grad/actor", found.grads[-1], TD3_POLICY))
+
+
+# ------------------------------------------------------------------------------------- PPO, Uni-O4
+@case("baselines/ppo.py", "gae")
+def gae(d, found):
+    """V(s) is what stands in the observation."""
+    value = SimpleNamespace(params=None, apply_fn=lambda params, x: x)
+    for name in ("no_ends", "terminations", "time_limits"):
+        for i in range(3):
+            keys = "rewards", "masks", "ends", "values", "next_values"
+            get = {key: jnp.asarray(d[f"batch/{name}/{key}"][:, i]) for key in keys}
+            rollout = SimpleNamespace(observations=get["values"], **get)
+            rollout.next_observations = get["next_values"]
+            inputs = SimpleNamespace(value=value), rollout, found.script.Config()
+            ours, values = found.call("generalised_advantages", *inputs)
+            found.hold("values", ours, d[f"advantages/{name}"][:, i])
+            found.hold("values", ours + values, d[f"returns/{name}"][:, i])
+
+
+def nested(d, prefix):
+    """{layer: {kernel, bias} or an array} of what begins with `prefix`."""
+    tree = {}
+    for name in (name for name in d if name.startswith(f"{prefix}/")):
+        layer, _, part = name.removeprefix(f"{prefix}/").partition("/")
+        tree[layer] = tree.get(layer, {}) | {part: jnp.asarray(d[name])} if part else d[name]
+    return jax.tree.map(jnp.asarray, tree)
+
+
+@case("baselines/ppo.py", "ppo_losses")
+def ppo(d, found):
+    """CleanRL's networks, our losses. Stated: our value loss is the mean square, theirs a quarter
+    of it in the total; each network has an optimiser of its own."""
+    dense = lambda p, x: x @ p["kernel"] + p["bias"]  # noqa: E731
+    hidden = lambda p, x: jnp.tanh(dense(p["hidden_1"], jnp.tanh(dense(p["hidden_0"], x))))  # noqa: E731
+
+    def policy(p, x):
+        mean = dense(p["mean"], hidden(p, x))
+        return distrax.MultivariateNormalDiag(mean, jnp.exp(p["log_std"]) + 0 * mean)
+
+    value = lambda p, x: dense(p["out"], hidden(p, x))[:, 0]  # noqa: E731
+    networks = {"actor": policy, "value": value}
+    agent = SimpleNamespace(**{x: SimpleNamespace(apply_fn=f) for x, f in networks.items()})
+    for variant, clip, kind in (
+        ("normalised_clipped", 0.2, "_normalised"),
+        ("raw_unclipped", 0, ""),
+    ):
+        names = ("observations", "actions", "log_probs", f"advantages{kind}", "values", "returns")
+        samples = found.script.Sample(*(jnp.asarray(d[f"batch/0/{name}"]) for name in names))
+        config = found.script.Config(entropy_weight=0.01, value_clip=clip)
+        metric = {x.split("/")[2]: d[x] for x in d if x.startswith(f"metric/{variant}/")}
+        inputs = agent, samples, None, config
+        (loss, info), grads = found.loss("actor_loss", nested(d, "before/actor"), *inputs)
+        total = d[f"loss/{variant}/policy"] - 0.01 * metric["entropy"]
+        found.hold("losses", loss, total)
+        found.hold("losses", info["entropy"], metric["entropy"])
+        found.hold("losses", info["kl"], metric["approx_kl"])
+        found.hold("shares", info["ratio_clipped"], metric["clip_fraction"])
+        found.hold("gradients", grads, nested(d, f"grad/{variant}/actor"))
+        (loss, _), grads = found.loss("value_loss", nested(d, "before/value"), *inputs)
+        found.hold("losses", loss / 2, d[f"loss/{variant}/value"])
+        quarter = jax.tree.map(lambda x: x / 4, grads)
+        found.hold("gradients", quarter, nested(d, f"grad/{variant}/value"))
+
+
+def uni_o4_config(script, **changes):
+    sizes = dict(hidden_dims=(8, 8), critic_hidden_dims=(8, 8), value_hidden_dims=(8, 8))
+    sizes |= dict(model_hidden_dims=(8, 8), num_models=3, num_elites=2, num_members=3)
+    return script.Config(**sizes | changes)
+
+
+@case("algorithms/uni_o4.py", "uni_o4_cloning")
+def uni_o4_cloning(d, found):
+    networks, config = {"references": ("actor", POLICY, 3)}, uni_o4_config(found.script)
+    agent = agent_of(found.script, d, config, networks)
+    inputs = agent.references.params, agent, batch_of(found.script, d, 0), None, config
+    (loss, info), grads = found.loss("cloning_loss", *inputs)
+    found.hold("losses", loss, d["loss/cloning"].sum())
+    found.hold("losses", info["cloning_loss"], d["loss/negative_log_likelihood"].mean())
+    found.hold("gradients", grads, read(d, "grad/actor", grads, POLICY, 3))
+    for k in range(5):
+        agent, _ = found.call("clone", agent, batch_of(found.script, d, k), config)
+        if k in (0, 4):
+            hold_params(found, d, f"after{k + 1}", agent, networks)
+
+
+@case("algorithms/uni_o4.py", "uni_o4_improvement", tolerance=1e-11)  # see the change below
+def uni_o4_improvement(d, found):
+    """Stated: Q sees clipped actions, the deviation is with n. Given the authors' advantages, the
+    loss is theirs."""
+    script = found.script
+    config = uni_o4_config(script, num_members=1, improvement_clip_ratio=0.25)
+    plain = uni_o4_config(script, clip_ratio=0.25, entropy_weight=0.0)
+    networks = networks_of(value=("value", VALUE, None), members=("actor", POLICY, 1))
+    networks |= {"references": ("old_actor", POLICY, 1), "offline_value": networks.pop("value")}
+    del networks["actor"], networks["target_critic_params"]
+    for i in range(3):
+        own = {re.sub(f"actor/{i}/", "actor/0/", name): x for name, x in d.items()
+               if f"actor/{i}/" in name or "actor/" not in name}  # fmt: skip
+        agent = agent_of(script, own, config, networks)
+        zeros = jax.vmap(agent.members.tx.init)(agent.members.params)
+        agent = agent.replace(members=agent.members.replace(opt_state=zeros))
+        batch = batch_of(script, {"batch/0/observations": d["batch/0/observations"]}, 0)
+        member, old = (jax.tree.map(lambda x: x[0], x.params)
+                       for x in (agent.members, agent.references))  # fmt: skip
+        actions = jnp.asarray(d["batch/0/actions"][i])
+        log_prob = agent.actor.apply_fn(old, batch.observations).log_prob(actions)
+        for variant in ("authors", "clipped_population"):
+            advantages = jnp.asarray(d[f"batch/0/advantages/{variant}"][i])
+            sample = script.Sample(batch.observations, actions, log_prob, advantages, 0.0, 0.0)
+            (loss, _), grads = found.loss("actor_loss", member, agent, sample, None, plain)
+            found.hold("losses", loss, d[f"loss/{variant}"][i])
+            found.hold("gradients", grads, read(own, f"grad/{variant}/actor/0", grads, POLICY))
+        draws = [("normal", d["noise/actions"][i])]
+        agent, info = found.call("improve_members", agent, batch, config, draws=draws)
+        found.hold("losses", info["actor_loss"], d["loss/clipped_population"][i])
+        raw = d["detail/raw_advantage/clipped_population"][i]
+        found.hold("losses", info["advantage"], raw.mean())
+        ours = agent.members.params  # PyTorch's clip of the norm adds 1e-6 to it, Optax's nothing
+        found.hold(
+            "parameters", ours, read(own, "after1/clipped_population/actor", ours, POLICY, 1)
+        )
+
+
+def dynamics_of(script, d, config, agent):
+    """An agent with their models, bounds and units; and their trees (parameters, gradients)."""
+    for name in [name for name in d if "/mean/" in name and "/model/" in name]:
+        halves = d[name], d[name.replace("/mean/", "/log_var/")]
+        d = d | {name.replace("/mean/", "/both/"): np.concatenate(halves, axis=-1)}
+
+    def tree(at):
+        models = read(d, f"{at}/model", agent.best_models, MODEL, config.num_models)
+        bounds = {"high": d[f"{at}/max_log_var"], "low": d[f"{at}/min_log_var"]}
+        return jax.tree.map(jnp.asarray, {"models": models} | bounds)
+
+    before = tree("before")
+    agent = with_params(agent, dynamics=before, best_models=before["models"])
+    units = {name: jnp.asarray(d[name]) for name in ("input_mean", "input_std")}
+    return agent.replace(**units), tree
+
+
+@case("algorithms/uni_o4.py", "uni_o4_dynamics")
+def uni_o4_dynamics(d, found):
+    script, config = found.script, uni_o4_config(found.script, model_batch_size=6)
+    agent, tree = dynamics_of(script, d, config, agent_of(script, d, config, {}))
+    batch = batch_of(script, d, 0)  # (3, 6, ...)
+    inputs = agent, agent.dynamics.params, batch.observations, batch.actions
+    mean, log_var = found.call("predict", *inputs)
+    found.hold("values", [mean, log_var], [d["prediction/mean"], d["prediction/log_var"]])
+    (loss, info), _ = found.loss("dynamics_loss", agent.dynamics.params, agent, batch, None, config)
+    found.hold("losses", [loss, info["dynamics_loss"]], [d["loss/total"], d["loss/likelihood"]])
+    held = batch_of(script, d, "holdout")
+    judged = found.call("judge_models", agent, held, config)
+    found.hold("values", judged.best_errors, d["holdout_errors"])
+    assert list(np.argsort(judged.best_errors)[:2]) == list(d["elites"])
+    rows = batch.replace(masks=jnp.ones((3, 6)), ends=jnp.ones((3, 6)), mc_returns=jnp.ones((3, 6)))
+    rows = jax.tree.map(lambda x: x.reshape(18, *x.shape[2:]), rows)
+    agent, _ = found.call("fit_dynamics", agent, rows, config)
+    found.hold("gradients", found.grads, [tree("grad")])
+    found.hold("parameters", agent.dynamics.params, tree("after1"))
+
+
+@case("algorithms/uni_o4.py", "uni_o4_amq")
+def uni_o4_amq(d, found):
+    script, elites = found.script, list(d["elites"])
+    networks = {"references": ("actor", POLICY, 3), "critic": ("critic", VALUE, 2)}
+    draws = [("randint", np.arange(6))]
+    for index, noise in zip(d["noise/model_index"], d["noise/model"], strict=True):
+        order = np.concatenate([np.flatnonzero(index == elite) for elite in elites])
+        draws += [("permutation", order), ("normal", noise[order].reshape(2, 3, 6))]
+    for amq, score in (("paper", "sum"), ("code", "mean")):
+        changes = dict(amq=amq, amq_starts=6, horizon=8, termination="hopper")
+        config = uni_o4_config(script, **changes)
+        agent, _ = dynamics_of(script, d, config, agent_of(script, d, config, networks))
+        agent = agent.replace(best_errors=jnp.asarray([elites.index(i) if i in elites else 9.0
+                                                       for i in range(3)]))  # fmt: skip
+        states, units = jnp.asarray(d["batch/0/observations"]), (1.0, 0.0)
+        inputs = agent, agent.references.params, jax.random.PRNGKey(0), states, units, config
+        scores = found.call("amq_scores", *inputs, draws=draws)
+        found.hold("values", scores, d[f"score/{score}"])
+
+
+# ------------------------------------------------------------------------------------------- PA-RL
+def pa_rl_agent(found, d, **changes):
+    """An agent whose policy gives recorded samples, and has learnt; heads are the members' own."""
+    config = dict(
+        critic_hidden_dims=(8, 8), num_critics=3, target_critics=2, base_actions=4, kept_actions=3,
+        ascent_steps=4, ascent_rate=0.75, num_actions=3, cql_alpha=0.7, discount=0.97, tau=0.1,
+        learning_rate=3e-3, batch_size=6, policy="gaussian", cloning_learning_rate=0.0,
+        policy_learning_rate=0.0,
+    )  # fmt: skip
+    if bins := json.loads(str(d["settings"])).get("histogram"):
+        config |= dict(value_bins=bins["bins"], value_min=bins["min"], value_max=bins["max"])
+    config = found.script.Config(**config | changes)
+    networks = {"critic": ("critic", PA_CRITIC, 3)}
+    if any(name.startswith("before/target_critic") for name in d):
+        networks["target_critic_params"] = ("target_critic", PA_CRITIC, 3)
+    agent = agent_of(found.script, given_to_all(d), config, networks)
+    policy = SimpleNamespace(sample=lambda *_: found.draw("sample", None))
+    agent = agent.replace(policy=policy, critic=agent.critic.replace(step=1))
+    return agent, config, networks
+
+
+def samples(x):
+    """Their samples (B, M, A) as a policy of ours gives them, (M * B, A)."""
+    return "sample", np.moveaxis(x, 1, 0).reshape(-1, 2)
+
+
+@case("algorithms/pa_rl.py", "pa_rl_optimise_scalar", "pa_rl_optimise_hl_gauss")
+def pa_rl_optimise(d, found):
+    agent, config, _ = pa_rl_agent(found, d)
+    batch, keys = batch_of(found.script, d, 0), jax.random.split(jax.random.PRNGKey(0))
+    for variant, data in (("without_data_action", None), ("with_data_action", batch.actions)):
+        seen = []
+
+        def each(key, logits, seen=seen):
+            seen.append(logits)
+            return jnp.tile(jnp.arange(3)[:, None], (1, 6))
+
+        inputs = agent, batch.observations, keys, config
+        drawn = [samples(d["batch/0/base_actions"])]
+        more = "softmax", 3, data
+        actions, _ = found.call("optimise", *inputs, *more, draws=[*drawn, ("categorical", each)])
+        order = [2, 1, 0] if data is None else [1, 0, 2]  # theirs: best last, then the data's
+        theirs = {x: np.moveaxis(d[f"{variant}/{x}"], 1, 0)[order]
+                  for x in ("optimised_actions", "mean_q", "softmax_probabilities")}  # fmt: skip
+        ours = actions, seen[0], jax.nn.softmax(seen[0], axis=0)
+        found.hold("values", ours, tuple(theirs.values()))
+        best, _ = found.call("optimise", *inputs, "argmax", 1, data, draws=drawn)
+        found.hold("values", best[0], d[f"{variant}/argmax_action"])
+
+
+PA_RL_CRITICS = [f"pa_rl_critic_{kind}{heads}" for kind in ("scalar", "hl_gauss")
+                 for heads in ("_separate_heads", "")]  # fmt: skip
+
+
+@case("algorithms/pa_rl.py", *PA_RL_CRITICS)
+def pa_rl_critic(d, found):
+    """Stated: our critics have heads of their own. The gradient of one for all, as theirs, is the
+    sum over ours; how it moves then is not compared."""
+    full, shared = given_to_all(d), any("/shared/" in name for name in d)
+    for selection in ("argmax", "softmax"):
+        agent, config, networks = pa_rl_agent(found, d, target_selection=selection)
+        for k in range(3 if selection == "argmax" and not shared else 1):
+            draws = []
+            for name, which in (("base_actions", "own"), ("next_base_actions", "next")):
+                draws.append(samples(d[f"batch/{k}/{name}"]))
+                if selection == "softmax":  # theirs: the best last
+                    draws.append(
+                        ("categorical", 2 - d[f"noise/softmax_choice/{which}"].astype(int))
+                    )
+            pairs = (d[f"noise/{x}_members"][k].astype(int) for x in ("target", "difference"))
+            target, pair = (("randint", x) for x in pairs)
+            uniform = "uniform", np.moveaxis(d["noise/uniform_actions"][k], 1, 0)
+            inputs = agent, batch_of(found.script, d, k), config
+            agent, info = found.call("update", *inputs, draws=[*draws, target, uniform, pair])
+            losses = {x: info[y] for x, y in (("td", "critic_loss"), ("difference", "difference"))}
+            if selection == "argmax":
+                found.hold("losses", losses, {x: d[f"trace/{x}"][k] for x in losses})
+            if k == 0:
+                found.hold("losses", losses, {x: d[f"{selection}/loss/{x}"] for x in losses})
+                found.hold("losses", info["q"], d["value/q"].mean())
+                found.hold("shares", info["below_return"], d[f"{selection}/value/below_return"])
+                ours = found.grads[0]["params"]
+                theirs = read(full, f"{selection}/grad/critic", ours, PA_CRITIC, 3)
+                if shared:
+                    total = jax.tree.map(lambda x: x.sum(axis=0), ours.pop("Dense_2"))
+                    one = jax.tree.map(lambda x: x[0], theirs.pop("Dense_2"))
+                    found.hold("gradients", total, one)
+                found.hold("gradients", ours, theirs)
+            if selection == "argmax" and not shared and k in (0, 2):
+                hold_params(found, full, f"after{k + 1}", agent, networks)
+
+
+POLICY_OF_8 = dict(policy_blocks=2, policy_width=8, dropout_rate=0.0, cloning_learning_rate=1.0,
+                   policy_learning_rate=1.0, policy_tau=0.1, cloning_schedule="constant")  # fmt: skip
+DIFFUSION = {"frequencies": "time/frequencies", "Dense_1": "time/hidden_0", "Dense_0": "time/out",
+             "Dense_2": "in", "Dense_7": "out"} | {
+    ours.format(i, 3 + 2 * i, 4 + 2 * i): f"block_{i}/{theirs}" for i in (0, 1) for ours, theirs in
+    (("LayerNorm_{0}", "norm"), ("Dense_{1}", "hidden_0"), ("Dense_{2}", "out"))}  # fmt: skip
+COSINES = np.r_[0:4, 64:68]  # where their time features are among ours, which are 0 elsewhere
+PLACES = {
+    "frequencies": (np.r_[0:4],), "Dense_1/kernel": (COSINES, np.r_[0:16]),
+    "Dense_1/bias": (np.r_[0:16],), "Dense_0/kernel": (np.r_[0:16], np.r_[0:8]),
+    "Dense_0/bias": (np.r_[0:8],), "Dense_2/kernel": (np.r_[0:8, 128:135], np.r_[0:8]),
+}  # fmt: skip
+
+
+@case("algorithms/pa_rl.py", "pa_rl_diffusion")
+def pa_rl_diffusion(d, found):
+    config = found.script.Config(policy="diffusion", **POLICY_OF_8)
+    agent = agent_of(found.script, d, config, {})
+
+    def at(path):
+        name = jax.tree_util.keystr(path, simple=True, separator="/").removeprefix("params/")
+        return np.ix_(*PLACES[name]) if name in PLACES else ...
+
+    small = functools.partial(jax.tree_util.tree_map_with_path, lambda path, x: x[at(path)])
+    put = lambda path, x, y: jnp.zeros(x.shape).at[at(path)].set(y)  # noqa: E731
+    for field, name in (("actor", "actor"), ("target_actor_params", "target_actor")):
+        like = agent.actor.params
+        theirs = read(d, f"before/{name}", small(like), DIFFUSION)
+        params = jax.tree_util.tree_map_with_path(put, like, theirs)
+        agent = with_params(agent, **{field: params})
+    batch = batch_of(found.script, d, 0)
+    draws = [("randint", d["noise/step"][0].astype(int)), ("normal", d["noise/action"][0])]
+    inputs = agent.actor.params, agent, batch, jax.random.PRNGKey(0), config
+    (loss, _), grads = found.loss("actor_loss", *inputs, draws=draws)
+    found.hold("losses", loss, d["loss/actor"])
+    found.hold("gradients", small(grads), read(d, "grad/actor", small(grads), DIFFUSION))
+    schedule = d["value/alpha"], d["value/alpha_product"]
+    found.hold("values", agent.policy.schedule(), schedule)
+    found.draws = [("normal", d["noise/start"].reshape(24, 2))]
+    found.draws += [("normal", x.reshape(24, 2)) for x in d["noise/denoising"][::-1]]
+    rows = jnp.repeat(batch.observations, 4, axis=0)  # (B * 4, O)
+    actions = agent.policy.sample(agent.target_actor_params, rows, jax.random.PRNGKey(0))
+    found.hold("values", actions.reshape(6, 4, 2), d["value/samples"])
+
+
+TRANSFORMER = {"Dense_1": "observation/hidden_0", "Dense_0": "observation/out", "Dense_6":
+               "head/hidden_0", "Dense_7": "head/out", "LayerNorm_4": "norm"} | {
+    ours.format(i, 2 * i, 2 * i + 1, 2 * i + 2, 2 * i + 3): f"block_{i}/{theirs}" for i in (0, 1)
+    for ours, theirs in (
+        ("LayerNorm_{1}", "norm_1"), ("LayerNorm_{2}", "norm_2"), ("Dense_{3}", "hidden_0"),
+        ("Dense_{4}", "out"), ("MultiHeadDotProductAttention_{0}/out", "attention_out"),
+        ("MultiHeadDotProductAttention_{0}", "."))}  # fmt: skip
+
+
+@case("algorithms/pa_rl.py", "pa_rl_transformer")
+def pa_rl_transformer(d, found):
+    config = dict(policy="transformer", attention_heads=2, action_bins=9, **POLICY_OF_8)
+    config = found.script.Config(**config)
+    full = {re.sub("(query|key|value)/", r"./\1/", name): x for name, x in d.items()}
+    for at in ("before/actor", "grad/actor"):  # the last place predicts nothing
+        tokens = np.stack([d[f"{at}/tokens/{i}"] for i in (0, 1)])
+        full |= {f"{at}/positions": d[f"{at}/positions"][:2], f"{at}/tokens": tokens}
+    agent = agent_of(found.script, full, config, {"actor": ("actor", TRANSFORMER, None)})
+    batch = batch_of(found.script, d, 0)
+    inputs = agent.actor.params, agent, batch, jax.random.PRNGKey(0), config
+    (loss, _), grads = found.loss("actor_loss", *inputs)
+    found.hold("losses", loss, d["loss/actor"])
+    theirs = read(full, "grad/actor", grads, TRANSFORMER)
+    for tree in (grads, theirs):  # a key's bias moves no attention: rounding alone
+        for i in (0, 1):
+            del tree["params"][f"MultiHeadDotProductAttention_{i}"]["key"]["bias"]
+    found.hold("gradients", grads, theirs)
+    logits = agent.policy.apply(agent.actor.params, batch.observations, batch.actions)
+    found.hold("values", logits, d["value/logits"])
+    found.draws = [("categorical", lambda key, logits: logits.argmax(axis=-1))] * 2
+    actions = agent.policy.sample(agent.actor.params, batch.observations, jax.random.PRNGKey(0))
+    found.hold("values", actions, d["value/greedy_actions"])
+
+
+# ------------------------------------------------------------------------------------------- Table
+def main():
+    """Write the largest errors, by kind, of every file: report.py makes a table of them."""
+    rows = {}
+    for name, (script, *_) in CASES.items():
+        with pytest.MonkeyPatch.context() as patch:
+            errors = run(name, patch)
+        settings = json.loads(str(golden(name)["settings"]))
+        source = {key: settings.get(key) for key in ("repository", "commit", "function")}
+        largest = {kind: max(error for k, error in errors if k == kind) for kind, _ in errors}
+        rows[name] = {"script": script, **source, "errors": largest}
+    (ROOT / "results" / "golden.json").write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
