@@ -735,4 +735,5 @@ def test_help(collect, capsys):
     with pytest.raises(SystemExit):
         collect.main(["--help"])
     out = capsys.readouterr().out
-    assert_words(out, "• convert ", "• check ", "• goals ", "• pointmaze ", "• rollout ", "• replay ")
+    names = "convert", "check", "goals", "pointmaze", "rollout", "replay"
+    assert_words(out, *(f"• {name} " for name in names))

@@ -23,7 +23,8 @@ from conftest import ROOT, load_script
 from flax.training.train_state import TrainState
 
 GOLDEN = Path(__file__).parent / "golden"
-CASES = {}  # file: (script, function, tolerance)
+CASES = {}  # file, or file@script: (script, function, tolerance)
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 # The layers of a network: how our parameter's path begins, and theirs.
 MLP = {f"MLP_0/Dense_{i}": f"hidden_{i}" for i in (0, 1)}
@@ -44,7 +45,12 @@ def golden(name):
 
 def case(script, *files, tolerance=1e-12):
     """Registers a function (d, found), which holds the script to the numbers `d` of a file."""
-    return lambda function: CASES.update({f: (script, function, tolerance) for f in files})
+
+    def register(function):
+        CASES.update({file: (script, function, tolerance) for file in files})
+        return function
+
+    return register
 
 
 class Found:
@@ -78,20 +84,32 @@ class Found:
             scale = max(np.abs(b).max(), 1e-300)
             self.errors.append((kind, float(np.abs(a - b).max() / scale)))
 
-    def call(self, function, *arguments, draws=()):
-        """A function of the script with these draws; what Adam is given meanwhile is in `grads`."""
-        self.draws, self.grads = list(draws), []
-        found = getattr(self.script, function)(*arguments)
-        assert not self.draws, f"not drawn: {self.draws}"
+    def call(self, function, *arguments, draws=(), eager=False):
+        """A function of the script with these draws; what Adam is given meanwhile is in `grads`.
+        One program, or with `eager` call by call, so that each turn of a loop has its own draws."""
+        function = getattr(self.script, function) if isinstance(function, str) else function
+        fixed = lambda x: x is None or isinstance(x, (str, int, self.script.Config))  # noqa: E731
+        names, values = [name for name, _ in draws], [value for _, value in draws]
+
+        def program(data, values):
+            self.draws, self.grads = list(zip(names, values, strict=True)), []
+            data = iter(data)
+            found = function(*(x if fixed(x) else next(data) for x in arguments))
+            assert not self.draws, f"not drawn: {self.draws}"
+            return found, self.grads
+
+        data = [x for x in arguments if not fixed(x)]
+        if eager:
+            with jax.disable_jit():
+                found, self.grads = program(data, values)
+        else:
+            found, self.grads = jax.jit(program, compiler_options=QUICK)(data, values)
         return found
 
-    def loss(self, function, params, *arguments, draws=()):
-        """(loss, metrics) and gradient of one of the script's losses."""
-        self.draws = list(draws)
-        differentiate = jax.value_and_grad(getattr(self.script, function), has_aux=True)
-        found = differentiate(params, *arguments)
-        assert not self.draws, f"not drawn: {self.draws}"
-        return found
+    def loss(self, function, *arguments, **keywords):
+        """(loss, metrics) and gradient of one of the script's losses; the parameters come first."""
+        function = jax.value_and_grad(getattr(self.script, function), has_aux=True)
+        return self.call(function, *arguments, **keywords)
 
 
 def read(d, prefix, like, layers, members=None):
@@ -114,7 +132,9 @@ def params_of(agent, field):
 
 def agent_of(script, d, config, networks):
     """The script's agent with their parameters; networks: {field: (theirs, layers, members)}."""
-    agent = script.create_agent(jax.random.PRNGKey(0), np.zeros((1, 5)), np.zeros((1, 2)), config)
+    inputs = jax.random.PRNGKey(0), jnp.zeros((1, 5)), jnp.zeros((1, 2))
+    agent = jax.eval_shape(functools.partial(script.create_agent, config=config), *inputs)
+    agent = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), agent)
     for field, (name, layers, members) in networks.items():
         params = read(d, f"before/{name}", params_of(agent, field), layers, members)
         agent = with_params(agent, **{field: params})
@@ -145,22 +165,23 @@ def hold_params(found, d, at, agent, networks):
         ours = params_of(agent, field)
         theirs, before = (read(d, f"{x}/{name}", ours, layers, members) for x in (at, "before"))
         found.hold("parameters", ours, theirs)
-        move = [np.concatenate([np.ravel(a - b) for a, b in zip(*map(jax.tree.leaves, pair))])
-                for pair in ((ours, before), (theirs, before))]  # fmt: skip
-        found.hold("change", *move)
+        flat = [
+            np.concatenate([*map(np.ravel, jax.tree.leaves(x))]) for x in (ours, theirs, before)
+        ]
+        found.hold("change", flat[0] - flat[2], flat[1] - flat[2])
 
 
-def replay(d, found, config, networks, moves, infos, draws=lambda k: (), after=(1, 5)):
+def replay(d, found, config, networks, moves, infos, draws=lambda k: (), after=(1, 5), **how):
     """Updates from `before` on: gradients of the first one in the order of `moves`, every update's
     metrics {ours: theirs, one per update}, and parameters after some."""
     agent = agent_of(found.script, d, config, networks)
     for k in range(after[-1]):
         inputs = agent, batch_of(found.script, d, k), config
-        agent, info = found.call("update", *inputs, draws=draws(k))
+        agent, info = found.call("update", *inputs, draws=draws(k), **how)
         assert len(found.grads) >= len(moves)
         for field, grads in zip(moves * (k == 0), found.grads, strict=False):
-            name, *how = networks[field]
-            found.hold("gradients", grads, read(d, f"grad/{name}", grads, *how))
+            name, *layers = networks[field]
+            found.hold("gradients", grads, read(d, f"grad/{name}", grads, *layers))
         for ours, theirs in infos.items():
             found.hold("shares" if "below" in ours else "losses", info[ours], theirs[k])
         if k + 1 in after:
@@ -170,9 +191,9 @@ def replay(d, found, config, networks, moves, infos, draws=lambda k: (), after=(
 def run(name, patch):
     """The errors [(kind, error), ...] of a file."""
     script, function, _ = CASES[name]
-    with jax.enable_x64(True), jax.disable_jit():
+    with jax.enable_x64(True):
         found = Found(patch, load_script(script))
-        function(golden(name), found)
+        function(golden(name.split("@")[0]), found)
     return found.errors
 
 
@@ -188,7 +209,9 @@ def test_equals_the_authors_code(name, monkeypatch):
 def test_every_file_is_held_or_waits_for_its_system():
     files = {path.stem for path in GOLDEN.glob("*.npz")}
     waiting = "ooo|opal|boorl|off2on|apl|adaptive_bc"
-    assert files == CASES.keys() | {name for name in files if re.match(waiting, name)}
+    assert files == {name for name in CASES if "@" not in name} | {
+        name for name in files if re.match(waiting, name)
+    }
 
 
 # -------------------------------------------------------------------------------------- IQL and BC
@@ -240,7 +263,7 @@ def sac_family(d, found, config, critics, draws, trace):
     found.hold("losses", loss, d["loss/temperature"])
     found.hold("gradients", grads, [d["grad/temperature/raw"]])
     infos = {name: d[f"trace/{name}"] for name in ("actor_loss", "temperature_loss", "entropy")}
-    replay(d, found, config, networks, (), infos | trace, draws, after=(1, 3))
+    replay(d, found, config, networks, (), infos | trace, draws, after=(1, 3), eager=critics > 2)
     return agent, last
 
 
@@ -350,6 +373,10 @@ CQL = {
     "cal_ql": dict(lagrange=True, backup_actions=3),
     "cal_ql_kitchen": dict(importance_sampling=False, backup_actions=3),
 }
+for _file in ("cql", "cql_lagrange"):  # its offline update, written out there
+    case("algorithms/sac_finetune.py", f"{_file}@sac_finetune")(
+        functools.partial(cql, **CQL[_file])
+    )
 for _file, _settings in CQL.items():
     _script = f"algorithms/{'cal_ql' if 'cal' in _file else 'cql'}.py"
     case(_script, _file)(functools.partial(cql, **_settings))
@@ -366,10 +393,11 @@ def monte_carlo_returns(d, found):
         theirs, weight = d[f"returns/{name}"], 0.99 ** np.arange(len(rewards))
         if name == "sparse_failure_terminated":  # stated: their rule does not look at the end
             theirs = np.cumsum((weight * rewards)[::-1])[::-1] / weight
-        ours = found.call("monte_carlo_returns", rewards, masks, ends, config)
+        ours = found.script.monte_carlo_returns(rewards, masks, ends, config)
         found.hold("values", ours, theirs)
 
 
+@case("algorithms/td3_c.py", "td3_bc@td3_c")
 @case("baselines/td3_bc.py", "td3_bc")
 def td3_bc(d, found):
     target = {"target_actor_params": ("target_actor", TD3_POLICY, None)}
@@ -378,11 +406,11 @@ def td3_bc(d, found):
     infos = {x: np.array([0, 2 * d[f"loss/{y}"][0], 0, 2 * d[f"loss/{y}"][1], 0])
              for x, y in losses.items()} | {"critic_loss": d["loss/critic"]}  # fmt: skip
     draws = lambda k: [("normal", d[f"noise/{k}/target"])]  # noqa: E731
-    replay(d, found, config, networks, ("critic",), infos, draws, after=(1, 2, 5))
+    replay(d, found, config, networks, ("critic",), infos, draws, after=(1, 2, 5), eager=True)
     agent = agent_of(found.script, d, config, networks)
     for k in (0, 1):
         inputs = agent, batch_of(found.script, d, k), config
-        agent, _ = found.call("update", *inputs, draws=draws(k))
+        agent, _ = found.call("update", *inputs, draws=draws(k), eager=True)
     found.hold("gradients", found.grads[-1], read(d, "grad/actor", found.grads[-1], TD3_POLICY))
 
 
@@ -398,7 +426,7 @@ def gae(d, found):
             rollout = SimpleNamespace(observations=get["values"], **get)
             rollout.next_observations = get["next_values"]
             inputs = SimpleNamespace(value=value), rollout, found.script.Config()
-            ours, values = found.call("generalised_advantages", *inputs)
+            ours, values = found.call("generalised_advantages", *inputs, eager=True)
             found.hold("values", ours, d[f"advantages/{name}"][:, i])
             found.hold("values", ours + values, d[f"returns/{name}"][:, i])
 
@@ -423,26 +451,23 @@ def ppo(d, found):
         mean = dense(p["mean"], hidden(p, x))
         return distrax.MultivariateNormalDiag(mean, jnp.exp(p["log_std"]) + 0 * mean)
 
-    value = lambda p, x: dense(p["out"], hidden(p, x))[:, 0]  # noqa: E731
-    networks = {"actor": policy, "value": value}
+    networks = {"actor": policy, "value": lambda p, x: dense(p["out"], hidden(p, x))[:, 0]}
     agent = SimpleNamespace(**{x: SimpleNamespace(apply_fn=f) for x, f in networks.items()})
-    for variant, clip, kind in (
-        ("normalised_clipped", 0.2, "_normalised"),
-        ("raw_unclipped", 0, ""),
-    ):
+    for variant, kind in (("normalised_clipped", "_normalised"), ("raw_unclipped", "")):
         names = ("observations", "actions", "log_probs", f"advantages{kind}", "values", "returns")
         samples = found.script.Sample(*(jnp.asarray(d[f"batch/0/{name}"]) for name in names))
-        config = found.script.Config(entropy_weight=0.01, value_clip=clip)
+        config = found.script.Config(entropy_weight=0.01, value_clip=0.2 * bool(kind))
         metric = {x.split("/")[2]: d[x] for x in d if x.startswith(f"metric/{variant}/")}
         inputs = agent, samples, None, config
-        (loss, info), grads = found.loss("actor_loss", nested(d, "before/actor"), *inputs)
+        actor, value = (nested(d, f"before/{x}") for x in networks)
+        (loss, info), grads = found.loss("actor_loss", actor, *inputs, eager=True)
         total = d[f"loss/{variant}/policy"] - 0.01 * metric["entropy"]
         found.hold("losses", loss, total)
         found.hold("losses", info["entropy"], metric["entropy"])
         found.hold("losses", info["kl"], metric["approx_kl"])
         found.hold("shares", info["ratio_clipped"], metric["clip_fraction"])
         found.hold("gradients", grads, nested(d, f"grad/{variant}/actor"))
-        (loss, _), grads = found.loss("value_loss", nested(d, "before/value"), *inputs)
+        (loss, _), grads = found.loss("value_loss", value, *inputs, eager=True)
         found.hold("losses", loss / 2, d[f"loss/{variant}/value"])
         quarter = jax.tree.map(lambda x: x / 4, grads)
         found.hold("gradients", quarter, nested(d, f"grad/{variant}/value"))
@@ -497,7 +522,7 @@ def uni_o4_improvement(d, found):
             found.hold("losses", loss, d[f"loss/{variant}"][i])
             found.hold("gradients", grads, read(own, f"grad/{variant}/actor/0", grads, POLICY))
         draws = [("normal", d["noise/actions"][i])]
-        agent, info = found.call("improve_members", agent, batch, config, draws=draws)
+        agent, info = found.call("improve_members", agent, batch, config, draws=draws, eager=True)
         found.hold("losses", info["actor_loss"], d["loss/clipped_population"][i])
         raw = d["detail/raw_advantage/clipped_population"][i]
         found.hold("losses", info["advantage"], raw.mean())
@@ -534,7 +559,7 @@ def uni_o4_dynamics(d, found):
     found.hold("values", [mean, log_var], [d["prediction/mean"], d["prediction/log_var"]])
     (loss, info), _ = found.loss("dynamics_loss", agent.dynamics.params, agent, batch, None, config)
     found.hold("losses", [loss, info["dynamics_loss"]], [d["loss/total"], d["loss/likelihood"]])
-    held = batch_of(script, d, "holdout")
+    held, agent = batch_of(script, d, "holdout"), agent.replace(best_errors=jnp.full(3, 1e9))
     judged = found.call("judge_models", agent, held, config)
     found.hold("values", judged.best_errors, d["holdout_errors"])
     assert list(np.argsort(judged.best_errors)[:2]) == list(d["elites"])
@@ -561,7 +586,7 @@ def uni_o4_amq(d, found):
                                                        for i in range(3)]))  # fmt: skip
         states, units = jnp.asarray(d["batch/0/observations"]), (1.0, 0.0)
         inputs = agent, agent.references.params, jax.random.PRNGKey(0), states, units, config
-        scores = found.call("amq_scores", *inputs, draws=draws)
+        scores = found.call("amq_scores", *inputs, draws=draws, eager=True)
         found.hold("values", scores, d[f"score/{score}"])
 
 
@@ -581,7 +606,7 @@ def pa_rl_agent(found, d, **changes):
     if any(name.startswith("before/target_critic") for name in d):
         networks["target_critic_params"] = ("target_critic", PA_CRITIC, 3)
     agent = agent_of(found.script, given_to_all(d), config, networks)
-    policy = SimpleNamespace(sample=lambda *_: found.draw("sample", None))
+    policy = type("Policy", (), {"sample": lambda *_: found.draw("sample", None)})()
     agent = agent.replace(policy=policy, critic=agent.critic.replace(step=1))
     return agent, config, networks
 
@@ -605,7 +630,8 @@ def pa_rl_optimise(d, found):
         inputs = agent, batch.observations, keys, config
         drawn = [samples(d["batch/0/base_actions"])]
         more = "softmax", 3, data
-        actions, _ = found.call("optimise", *inputs, *more, draws=[*drawn, ("categorical", each)])
+        draws = [*drawn, ("categorical", each)]
+        actions, _ = found.call("optimise", *inputs, *more, draws=draws, eager=True)
         order = [2, 1, 0] if data is None else [1, 0, 2]  # theirs: best last, then the data's
         theirs = {x: np.moveaxis(d[f"{variant}/{x}"], 1, 0)[order]
                   for x in ("optimised_actions", "mean_q", "softmax_probabilities")}  # fmt: skip
@@ -638,7 +664,8 @@ def pa_rl_critic(d, found):
             target, pair = (("randint", x) for x in pairs)
             uniform = "uniform", np.moveaxis(d["noise/uniform_actions"][k], 1, 0)
             inputs = agent, batch_of(found.script, d, k), config
-            agent, info = found.call("update", *inputs, draws=[*draws, target, uniform, pair])
+            draws += [target, uniform, pair]
+            agent, info = found.call("update", *inputs, draws=draws, eager=True)
             losses = {x: info[y] for x, y in (("td", "critic_loss"), ("difference", "difference"))}
             if selection == "argmax":
                 found.hold("losses", losses, {x: d[f"trace/{x}"][k] for x in losses})
@@ -657,8 +684,9 @@ def pa_rl_critic(d, found):
                 hold_params(found, full, f"after{k + 1}", agent, networks)
 
 
-POLICY_OF_8 = dict(policy_blocks=2, policy_width=8, dropout_rate=0.0, cloning_learning_rate=1.0,
-                   policy_learning_rate=1.0, policy_tau=0.1, cloning_schedule="constant")  # fmt: skip
+POLICY_OF_8 = dict(policy_blocks=2, policy_width=8, dropout_rate=0.0, policy_tau=0.1,
+                   cloning_learning_rate=1.0, policy_learning_rate=1.0,
+                   cloning_schedule="constant")  # fmt: skip
 DIFFUSION = {"frequencies": "time/frequencies", "Dense_1": "time/hidden_0", "Dense_0": "time/out",
              "Dense_2": "in", "Dense_7": "out"} | {
     ours.format(i, 3 + 2 * i, 4 + 2 * i): f"block_{i}/{theirs}" for i in (0, 1) for ours, theirs in
@@ -695,10 +723,11 @@ def pa_rl_diffusion(d, found):
     found.hold("gradients", small(grads), read(d, "grad/actor", small(grads), DIFFUSION))
     schedule = d["value/alpha"], d["value/alpha_product"]
     found.hold("values", agent.policy.schedule(), schedule)
-    found.draws = [("normal", d["noise/start"].reshape(24, 2))]
-    found.draws += [("normal", x.reshape(24, 2)) for x in d["noise/denoising"][::-1]]
+    noise = [d["noise/start"], *d["noise/denoising"][::-1]]
+    draws = [("normal", x.reshape(24, 2)) for x in noise]
     rows = jnp.repeat(batch.observations, 4, axis=0)  # (B * 4, O)
-    actions = agent.policy.sample(agent.target_actor_params, rows, jax.random.PRNGKey(0))
+    inputs = agent.target_actor_params, rows, jax.random.PRNGKey(0)
+    actions = found.call(agent.policy.sample, *inputs, draws=draws, eager=True)
     found.hold("values", actions.reshape(6, 4, 2), d["value/samples"])
 
 
@@ -731,8 +760,9 @@ def pa_rl_transformer(d, found):
     found.hold("gradients", grads, theirs)
     logits = agent.policy.apply(agent.actor.params, batch.observations, batch.actions)
     found.hold("values", logits, d["value/logits"])
-    found.draws = [("categorical", lambda key, logits: logits.argmax(axis=-1))] * 2
-    actions = agent.policy.sample(agent.actor.params, batch.observations, jax.random.PRNGKey(0))
+    draws = [("categorical", lambda key, logits: logits.argmax(axis=-1))] * 2
+    inputs = agent.actor.params, batch.observations, jax.random.PRNGKey(0)
+    actions = found.call(agent.policy.sample, *inputs, draws=draws, eager=True)
     found.hold("values", actions, d["value/greedy_actions"])
 
 
@@ -743,7 +773,7 @@ def main():
     for name, (script, *_) in CASES.items():
         with pytest.MonkeyPatch.context() as patch:
             errors = run(name, patch)
-        settings = json.loads(str(golden(name)["settings"]))
+        settings = json.loads(str(golden(name.split("@")[0])["settings"]))
         source = {key: settings.get(key) for key in ("repository", "commit", "function")}
         largest = {kind: max(error for k, error in errors if k == kind) for kind, _ in errors}
         rows[name] = {"script": script, **source, "errors": largest}

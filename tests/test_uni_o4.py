@@ -1,7 +1,6 @@
 """PPO and Uni-O4: advantages by hand, every loss against NumPy, the order of the improvement, the
 model's bounds, AM-Q where its value is known, who is accepted, and the shifted worlds."""
 
-import math
 from functools import partial
 
 import gymnasium as gym
@@ -27,53 +26,6 @@ def gaussian(params, observations, activation=np.tanh):
 
 
 # ------------------------------------------------------------------------------------------- PPO
-def test_advantages_by_hand(ppo):
-    """Three steps to a termination, two to a cut, one that goes on: what is carried over, and which
-    next states have a value."""
-    config = ppo.Config(**SMALL, discount=0.9, gae_lambda=0.8)
-    agent, rollout = fresh(ppo, config), batch_of(ppo, 0, size=6)
-    masks, ends = np.float32([1, 1, 0, 1, 1, 1]), np.float32([0, 0, 1, 0, 1, 0])
-    rollout = rollout.replace(masks=masks, ends=ends)
-    params = float64(agent.value.params)
-    states = rollout.observations, rollout.next_observations
-    v, following = (value_of(params, x, np) for x in states)
-    expected, carried = np.zeros(6), 0.0
-    for t in reversed(range(6)):
-        delta = rollout.rewards[t] + 0.9 * masks[t] * following[t] - v[t]
-        carried = delta + 0.9 * 0.8 * (1 - ends[t]) * carried
-        expected[t] = carried
-    found, values = ppo.generalised_advantages(agent, rollout, config)
-    np.testing.assert_allclose(found, expected, rtol=1e-4)
-    np.testing.assert_allclose(values, v, rtol=1e-4)
-
-
-def samples_of(ppo, seed):
-    rng = np.random.default_rng(seed)
-    batch = batch_of(ppo, seed)
-    draw = lambda: np.float32(rng.normal(size=B))  # noqa: E731
-    return ppo.Sample(batch.observations, batch.actions, draw() - 3, draw(), draw(), draw())
-
-
-@pytest.mark.parametrize("value_clip", [0.0, 0.3])
-def test_ppo_losses_are_the_papers(value_clip, ppo):
-    config = ppo.Config(**SMALL, clip_ratio=0.2, entropy_weight=0.1, value_clip=value_clip)
-    for seed in range(4):
-        agent, batch = fresh(ppo, config, seed), samples_of(ppo, seed)
-        b = float64(batch)
-        mean, std = gaussian(float64(agent.actor.params), b.observations)
-        ratio = np.exp(gaussian_log_prob(b.actions, mean, std, np) - b.log_probs)
-        worse = np.minimum(ratio * b.advantages, np.clip(ratio, 0.8, 1.2) * b.advantages)
-        entropy = (0.5 * math.log(2 * math.pi * math.e) + np.log(std)).sum(axis=1).mean()
-        found, info = ppo.actor_loss(agent.actor.params, agent, batch, None, config)
-        np.testing.assert_allclose(found, -worse.mean() - 0.1 * entropy, rtol=1e-4)
-        assert 0 < info["ratio_clipped"] <= 1
-        v = value_of(float64(agent.value.params), b.observations, np)
-        errors = (v - b.returns) ** 2
-        if value_clip:
-            near = b.values + np.clip(v - b.values, -0.3, 0.3)
-            errors = np.maximum(errors, (near - b.returns) ** 2)
-        found, _ = ppo.value_loss(agent.value.params, agent, batch, None, config)
-        np.testing.assert_allclose(found, errors.mean(), rtol=1e-4)
 
 
 def test_an_improvement_uses_every_step_as_often(ppo):
@@ -141,33 +93,6 @@ def test_critics_are_iqls(uni_o4):
     errors = (q - b.rewards - config.discount * b.masks * following) ** 2
     loss, _ = uni_o4.critic_loss(agent.critic.params, agent, batch, None, config)
     np.testing.assert_allclose(loss, errors.mean(axis=1).sum(), rtol=1e-4)
-
-
-def test_dynamics_loss_and_shared_bounds(uni_o4):
-    config = uni_o4.Config(**OFFLINE)
-    agent, rng = fresh(uni_o4, config), np.random.default_rng(0)
-    params = dict(agent.dynamics.params, high=np.float32(rng.normal(size=OBS + 1)),
-                  low=np.float32(rng.normal(size=OBS + 1) - 3))  # fmt: skip
-    agent = agent.replace(input_mean=np.zeros(OBS + A), input_std=np.ones(OBS + A))
-    batches = jax.tree.map(lambda x, y: np.stack([x, y]), batch_of(uni_o4, 0), batch_of(uni_o4, 1))
-    loss, info = uni_o4.dynamics_loss(params, agent, batches, None, config)
-    b, p, total, decay = float64(batches), float64(params), 0.0, 0.0
-    for m in range(2):
-        x = np.concatenate([b.observations[m], b.actions[m]], axis=1)
-        tree = jax.tree.map(lambda leaf, m=m: leaf[m], p["models"])["params"]
-        for i in range(3):
-            h = dense(tree, f"Dense_{i}", x)
-            x = h / (1 + np.exp(-h))
-            decay += 0.5 * (2.5e-5, 7.5e-5, 1e-4)[i] * (tree[f"Dense_{i}"]["kernel"] ** 2).sum()
-        mean, log_var = np.split(h, 2, axis=1)
-        log_var = p["high"] - np.logaddexp(0, p["high"] - log_var)
-        log_var = p["low"] + np.logaddexp(0, log_var - p["low"])
-        change = b.next_observations[m] - b.observations[m]
-        y = np.concatenate([change, b.rewards[m][:, None]], axis=1)
-        total += ((mean - y) ** 2 * np.exp(-log_var) + log_var).mean()
-    np.testing.assert_allclose(info["dynamics_loss"], total, rtol=1e-4)
-    bounds = 0.01 * (p["high"] - p["low"]).sum()
-    np.testing.assert_allclose(loss, total + bounds + decay, rtol=1e-4)
 
 
 def constant_critic(agent, value):
