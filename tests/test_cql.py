@@ -97,6 +97,41 @@ def test_online_losses(sac_finetune):
     np.testing.assert_allclose(found, plain, rtol=1e-5)
 
 
+@pytest.mark.parametrize("reference", ["frozen", "average"])
+def test_an_online_update(reference, sac_finetune):
+    """Three of Q by the online loss, each with its target; pi on the last part; the price, whose
+    logarithm stays below 4.6; the temperature is held, the reference follows or stays."""
+    script = sac_finetune
+    config = script.Config(**SIZES, mode="conservative", critic_updates=3, reference=reference,
+                           kl_limit=-9.0, kl_limit_end=-9.0)  # fmt: skip
+    agent, batch = fresh(script, config), batch_of(script, 0, size=3 * B)
+    price = agent.kl_multiplier.replace(params={"log": np.float32(4.599)})
+    agent = agent.replace(kl_multiplier=price)
+    new, _ = compiled(script, "online_update", config)(agent, batch)
+    mix = lambda a, b: jax.tree.map(lambda x, y: config.tau * x + (1 - config.tau) * y, a, b)  # noqa: E731
+    same = lambda x, y: jax.tree.map(
+        partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), x, y
+    )  # noqa: E731
+    for i in range(3):
+        key, critic_key = jax.random.split(agent.key)
+        part = jax.tree.map(lambda x, i=i: x[i * B : (i + 1) * B] if len(x) else x, batch)
+        inputs = agent, part, critic_key, config
+        critic, _ = script.gradient_step(agent.critic, script.online_critic_loss, *inputs)
+        target = mix(critic.params, agent.target_critic_params)
+        agent = agent.replace(critic=critic, target_critic_params=target, key=key)
+    key, actor_key = jax.random.split(agent.key)
+    inputs = agent, part, actor_key, config
+    actor, _ = script.gradient_step(agent.actor, script.online_actor_loss, *inputs)
+    same(new.critic.params, agent.critic.params)
+    same(new.target_critic_params, agent.target_critic_params)
+    same(new.actor.params, actor.params)
+    moved = mix(actor.params, agent.reference_params)
+    same(new.reference_params, moved if reference == "average" else agent.reference_params)
+    assert float(new.kl_multiplier.params["log"]) == np.float32(4.6)
+    assert new.temperature.params["log"] == agent.temperature.params["log"]
+    np.testing.assert_array_equal(new.key, key)
+
+
 @pytest.mark.parametrize(("kl", "sign"), [(3.0, 1), (0.01, -1)])
 def test_the_price_of_the_kl_rises_above_its_limit(kl, sign, sac_finetune):
     config = sac_finetune.Config(**SIZES, mode="conservative")

@@ -23,7 +23,7 @@ from conftest import ROOT, load_script
 from flax.training.train_state import TrainState
 
 GOLDEN = Path(__file__).parent / "golden"
-CASES = {}  # file, or file@script: (script, function, tolerance)
+CASES = {}  # file, or file-in-script: (script, function, tolerance)
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 # The layers of a network: how our parameter's path begins, and theirs.
@@ -193,7 +193,7 @@ def run(name, patch):
     script, function, _ = CASES[name]
     with jax.enable_x64(True):
         found = Found(patch, load_script(script))
-        function(golden(name.split("@")[0]), found)
+        function(golden(name.split("-in-")[0]), found)
     return found.errors
 
 
@@ -209,7 +209,7 @@ def test_equals_the_authors_code(name, monkeypatch):
 def test_every_file_is_held_or_waits_for_its_system():
     files = {path.stem for path in GOLDEN.glob("*.npz")}
     waiting = "ooo|opal|boorl|off2on|apl|adaptive_bc"
-    assert files == {name for name in CASES if "@" not in name} | {
+    assert files == {name for name in CASES if "-in-" not in name} | {
         name for name in files if re.match(waiting, name)
     }
 
@@ -374,7 +374,7 @@ CQL = {
     "cal_ql_kitchen": dict(importance_sampling=False, backup_actions=3),
 }
 for _file in ("cql", "cql_lagrange"):  # its offline update, written out there
-    case("algorithms/sac_finetune.py", f"{_file}@sac_finetune")(
+    case("algorithms/sac_finetune.py", f"{_file}-in-sac_finetune")(
         functools.partial(cql, **CQL[_file])
     )
 for _file, _settings in CQL.items():
@@ -397,7 +397,7 @@ def monte_carlo_returns(d, found):
         found.hold("values", ours, theirs)
 
 
-@case("algorithms/td3_c.py", "td3_bc@td3_c")
+@case("algorithms/td3_c.py", "td3_bc-in-td3_c")
 @case("baselines/td3_bc.py", "td3_bc")
 def td3_bc(d, found):
     target = {"target_actor_params": ("target_actor", TD3_POLICY, None)}
@@ -773,7 +773,7 @@ def main():
     for name, (script, *_) in CASES.items():
         with pytest.MonkeyPatch.context() as patch:
             errors = run(name, patch)
-        settings = json.loads(str(golden(name.split("@")[0])["settings"]))
+        settings = json.loads(str(golden(name.split("-in-")[0])["settings"]))
         source = {key: settings.get(key) for key in ("repository", "commit", "function")}
         largest = {kind: max(error for k, error in errors if k == kind) for kind, _ in errors}
         rows[name] = {"script": script, **source, "errors": largest}

@@ -124,13 +124,18 @@ def parameters(agent):
 
 
 # --------------------------------------------------------------------------------- Keys and rates
-def test_every_update_has_keys_of_its_own(script):
-    """An update leaves the first part of its key, and draws from the others."""
-    agent, parts = fresh(script, config_of(script)), 3 if script.__name__ == "sac" else 2
-    expected = jax.random.split(agent.key, parts)[0]
-    agent, _ = compiled(script, "update", config_of(script))(agent, batch_of(script, 0))
-    np.testing.assert_array_equal(agent.key, expected)
-    assert (agent.actor.step, getattr(agent, "critic", agent.actor).step) == (1, 1)
+def test_every_draw_has_a_key_of_its_own(script, monkeypatch):
+    """The keys that losses get, what is left for the next update, and the one before all differ."""
+    agent, keys, step = fresh(script, config_of(script)), [], script.gradient_step
+
+    def spy(state, loss, *inputs):
+        keys.extend(x for x in inputs if getattr(x, "dtype", None) == np.uint32)
+        return step(state, loss, *inputs)
+
+    monkeypatch.setattr(script, "gradient_step", spy)
+    new, _ = script.update(agent, batch_of(script, 0), config_of(script))
+    keys += [agent.key, new.key]
+    assert len(np.unique(np.stack(keys), axis=0)) == len(keys) >= 3
 
 
 @pytest.mark.parametrize(("decay", "init_from"), [(True, ""), (False, ""), (True, "run")])
