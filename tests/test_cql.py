@@ -109,9 +109,7 @@ def test_an_online_update(reference, sac_finetune):
     agent = agent.replace(kl_multiplier=price)
     new, _ = compiled(script, "online_update", config)(agent, batch)
     mix = lambda a, b: jax.tree.map(lambda x, y: config.tau * x + (1 - config.tau) * y, a, b)  # noqa: E731
-    same = lambda x, y: jax.tree.map(
-        partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5), x, y
-    )  # noqa: E731
+    same = partial(jax.tree.map, partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-5))
     for i in range(3):
         key, critic_key = jax.random.split(agent.key)
         part = jax.tree.map(lambda x, i=i: x[i * B : (i + 1) * B] if len(x) else x, batch)
