@@ -211,6 +211,7 @@ class Batch:
     masks: jax.Array  # (B,), 0 only on a true termination, where no future reward exists
     ends: jax.Array  # (B,), 1 on the last row of an episode, for whatever reason
     mc_returns: Any = ()  # (B,), discounted returns from here on, where a script needs them
+    next_actions: Any = ()  # (B, A), what was done in next_observations, where it needs these
 
 
 def rescale(x, multiplier, offset):
@@ -296,15 +297,13 @@ def update_steps(agents, dataset, config, update, num_steps):
 
 def offline_round(agents, buffers, run, first, last, update):
     """Updates `first` to `last` on the dataset, in slices, so that the bar moves."""
-    config, dataset, _, bar = run
-    totals = []
+    (config, dataset, _, bar), totals = run, []
     for begin in range(first, last, 200):
         size = min(200, last - begin)
         agents, info = update_steps(agents, dataset, config, update, size)
         totals.append(jax.device_get(info))
         bar.update(size)
-    names = totals[0] if totals else ()
-    means = {name: sum(x[name] for x in totals) / (last - first) for name in names}
+    means = {x: sum(t[x] for t in totals) / (last - first) for x in (totals or [()])[0]}
     return agents, buffers, means | {"updates": last - first}
 
 
@@ -315,14 +314,16 @@ def evaluate(agents, envs, source, config):
     """Mean return and score (S,) of an episode in each of S * E environments, always the same."""
     shape = config.num_seeds, config.eval_episodes
     seeds = [10_000 * (config.seed + i) + episode for i, episode in np.ndindex(*shape)]
-    (observations, _), returns = envs.reset(seed=seeds), np.full(len(seeds), np.nan)
+    (observations, _), (returns, reached) = envs.reset(seed=seeds), np.full((2, len(seeds)), np.nan)
     while np.isnan(returns).any():
         actions = np.asarray(act_all(agents, observations.reshape(*shape, -1), config))
         observations, _, terminated, truncated, info = envs.step(actions.reshape(len(seeds), -1))
         for i in np.flatnonzero((terminated | truncated) & np.isnan(returns)):
             returns[i] = info["final_info"]["episode"]["r"][i]
+            reached[i] = terminated[i] or returns[i] > 0
     low, high = (np.nan if x is None else x for x in source["reference"])
-    values = {"return": returns, "score": 100 * (returns - low) / (high - low)}
+    measure = reached if (low, high) == (0, 1) else returns  # then it is the share of successes
+    values = {"return": returns, "score": 100 * (measure - low) / (high - low)}
     return {name: x.reshape(shape).mean(axis=1) for name, x in values.items()}
 
 
@@ -440,7 +441,7 @@ def main(arguments=None):
     make = partial(gym.vector.SyncVectorEnv, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
     eval_envs = make([partial(make_env, source)] * config.num_seeds * config.eval_episodes)
     run = config, jax.device_put(dataset), make([partial(make_env, source)] * config.num_seeds), bar
-    for phase, train, first, last in rounds[done:]:
+    for number, (phase, train, first, last) in enumerate(rounds[done:], done + 1):
         begin = time.time()
         state["agents"], state["buffers"], info = train(*state.values(), run, first, last)
         seconds, arrays = time.time() - begin, named_arrays(**state)
@@ -452,8 +453,7 @@ def main(arguments=None):
             values = {name: f"{x[i]:.6g}" for name, x in info.items() if np.isfinite(x[i])}
             row = {"phase": phase, "step": last, "seed": seed, "seconds": f"{seconds:.3f}"}
             rows.append(row | {"updates_per_second": f"{speed:.1f}"} | values)
-        done += 1
-        save(folder, arrays, {"config": said, "done": done, "rows": rows})
+        save(folder, arrays, {"config": said, "done": number, "rows": rows})
         means = {name: float(np.mean(x)) for name, x in info.items() if np.isfinite(x).all()}
         shown = "  ".join(f"{name} {x:.1f}" for name, x in means.items() if name in "return score")
         tqdm.write(f"{phase:8} {last:>9,}  {shown}")
