@@ -106,6 +106,7 @@ iql, cql, cal_ql, sac_finetune, pa_rl, uni_o4, td3_c = (
     script_fixture(f"algorithms/{name}.py")
     for name in ("iql", "cql", "cal_ql", "sac_finetune", "pa_rl", "uni_o4", "td3_c")
 )
-bc, ppo, rlpd, sac, td3_bc = (
-    script_fixture(f"baselines/{name}.py") for name in ("bc", "ppo", "rlpd", "sac", "td3_bc")
+bc, fql, ppo, rebrac, rlpd, sac, td3_bc = (
+    script_fixture(f"baselines/{name}.py")
+    for name in ("bc", "fql", "ppo", "rebrac", "rlpd", "sac", "td3_bc")
 )

@@ -39,6 +39,10 @@ SCRIPTS = {  # README's table: what, paper, nearest sibling
     "baselines/bc.py": ("behaviour cloning, %BC", "2106.01345", "algorithms/iql.py"),
     "baselines/td3_bc.py": ("TD3 that imitates", "2106.06860", "algorithms/iql.py"),
     "baselines/sac.py": ("soft actor-critic, from scratch", "1812.05905", "algorithms/iql.py"),
+    "baselines/rebrac.py": (
+        "TD3+BC with both penalties and LayerNorm", "2305.09836", "baselines/td3_bc.py"
+    ),
+    "baselines/fql.py": ("flow Q-learning", "2502.02538", "algorithms/iql.py"),
     "baselines/rlpd.py": ("SAC with prior data, from scratch", "2302.02948", "baselines/sac.py"),
     "baselines/ppo.py": ("PPO, from scratch", "1707.06347", "baselines/sac.py"),
     "baselines/collect.py": ("makes, converts and checks datasets", "2004.07219", None),

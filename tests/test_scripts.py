@@ -46,6 +46,7 @@ DIFFS = {  # changed lines, module docstrings left out
     ("algorithms/cql.py", "algorithms/cal_ql.py"): 40,
     ("baselines/td3_bc.py", "algorithms/td3_c.py"): 110,
     ("baselines/sac.py", "baselines/rlpd.py"): 150,
+    ("baselines/td3_bc.py", "baselines/rebrac.py"): 120,
     ("algorithms/iql.py", "algorithms/cql.py"): 300,
     ("algorithms/cql.py", "algorithms/sac_finetune.py"): 220,
 }

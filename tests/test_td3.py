@@ -161,6 +161,8 @@ def test_actions_in_training_are_noisy_and_bounded(td3_bc):
     sample = jax.vmap(compiled(td3_bc, "explore", config), in_axes=(None, None, 0))
     actions, mean = sample(agent, observation, keys), td3_bc.act(agent, observation[None], config)
     assert np.abs(actions).max() <= 1
+    loud = td3_bc.Config(**SIZES, exploration_noise=5.0)
+    assert np.abs(td3_bc.explore(agent, observation, keys[0], loud)).max() == 1
     inside = np.abs(mean[0]) < 0.6
     np.testing.assert_allclose(np.std(actions, axis=0)[inside], 0.1, rtol=0.1)
 

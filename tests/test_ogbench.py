@@ -1,0 +1,135 @@
+"""ReBRAC and FQL: losses by hand, next actions, a flow that clones two modes, and a one-step policy
+where it is known to stand."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from test_learning import trained
+from test_losses import B, batch_of, compiled, fresh
+
+SIZES = dict(hidden_dims=(16, 8), batch_size=B)
+close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------- ReBRAC
+def test_rebrac_losses(rebrac):
+    """The target pays for the noisy next action's distance from the data's; pi for its own."""
+    config = rebrac.Config(**SIZES, critic_imitation=0.7, actor_imitation=0.3, target_noise=0.8)
+    agent, batch, key = fresh(rebrac, config), batch_of(rebrac, 0), jax.random.PRNGKey(3)
+    batch = batch.replace(next_actions=batch_of(rebrac, 1).actions)
+    noise = np.clip(0.8 * jax.random.normal(key, batch.actions.shape), -0.5, 0.5)
+    following = agent.actor.apply_fn(agent.target_actor_params, batch.next_observations)
+    following = np.clip(following + noise, -1, 1)
+    q = agent.critic.apply_fn(agent.target_critic_params, batch.next_observations, following)
+    distance = ((following - batch.next_actions) ** 2).sum(axis=1)
+    target = batch.rewards + 0.99 * batch.masks * (q.min(axis=0) - 0.7 * distance)
+    q = agent.critic.apply_fn(agent.critic.params, batch.observations, batch.actions)
+    found, _ = compiled(rebrac, "critic_loss", config)(agent.critic.params, agent, batch, key)
+    close(found, ((q - target) ** 2).mean(axis=1).sum())
+    actions = agent.actor.apply_fn(agent.actor.params, batch.observations)
+    q = agent.critic.apply_fn(agent.critic.params, batch.observations, actions).min(axis=0)
+    imitation = ((actions - batch.actions) ** 2).sum(axis=1).mean()
+    found, _ = rebrac.actor_loss(agent.actor.params, agent, batch, None, config)
+    close(found, 0.3 * imitation - q.mean() / np.abs(q).mean())
+
+
+def test_next_actions_of_data_and_buffer(rebrac, pendulum, tmp_path):
+    """An episode's next row's action, at its end its own; in a ring that overflows, too."""
+    flags = ["--dataset", pendulum, "--hidden-dims", "8", "--batch-size", "16", "--num-seeds", "2",
+             "--eval-episodes", "1", "--interval", "250", "--offline-steps", "10",
+             "--online-steps", "330", "--warmup-steps", "320", "--buffer-size", "300",
+             "--run-dir", str(tmp_path)]  # fmt: skip
+    rebrac.main(flags)
+    arrays, _ = rebrac.load(tmp_path)
+    in_time = np.arange(30, 330) % 300
+    names = ("actions", "next_actions", "ends")
+    for actions, found, ends in zip(
+        *(arrays[f"buffers/{x}"][:, in_time] for x in names), strict=True
+    ):
+        expected = np.where(ends[:-1, None] > 0, actions[:-1], actions[1:])
+        np.testing.assert_array_equal(found[:-1], expected)
+        np.testing.assert_array_equal(found[-1], actions[-1])
+        np.testing.assert_array_equal(np.flatnonzero(ends), [169, 219, 299])
+    config, data, env = rebrac.parse_config(flags)
+    rows, _ = rebrac.load_dataset(config, data, env)
+    following, last = rebrac.following_actions(rows), np.flatnonzero(rows.ends)
+    np.testing.assert_array_equal(following[last], rows.actions[last])
+    inside = np.flatnonzero(rows.ends == 0)
+    np.testing.assert_array_equal(following[inside], rows.actions[inside + 1])
+
+
+# -------------------------------------------------------------------------------------------- FQL
+def test_fql_losses(fql):
+    """At the recorded keys, from the networks' own outputs."""
+    batch, key = batch_of(fql, 0), jax.random.PRNGKey(3)
+    for minimum, normalize in ((False, True), (True, False)):
+        config = fql.Config(**SIZES, imitation=3.0, target_minimum=minimum, normalize_q=normalize)
+        agent = fresh(fql, config)
+        q_of, mu = agent.critic.apply_fn, partial(agent.actor.apply_fn, agent.actor.params)
+        noise = jax.random.normal(key, batch.actions.shape)
+        following = np.clip(mu(batch.next_observations, noise), -1, 1)
+        q = q_of(agent.target_critic_params, batch.next_observations, following)
+        next_v = q.min(axis=0) if minimum else q.mean(axis=0)
+        target = batch.rewards + 0.99 * batch.masks * next_v
+        errors = (q_of(agent.critic.params, batch.observations, batch.actions) - target) ** 2
+        found, _ = compiled(fql, "critic_loss", config)(agent.critic.params, agent, batch, key)
+        close(found, errors.mean())
+        actions, x = mu(batch.observations, noise), noise
+        for i in range(10):
+            time = np.full((B, 1), i / 10, np.float32)
+            x = x + agent.flow.apply_fn(agent.flow.params, batch.observations, x, time) / 10
+        distillation = ((actions - np.clip(x, -1, 1)) ** 2).mean()
+        q = q_of(agent.critic.params, batch.observations, np.clip(actions, -1, 1)).mean(axis=0)
+        expected = 3.0 * distillation - q.mean() / (np.abs(q).mean() if normalize else 1.0)
+        found, info = compiled(fql, "actor_loss", config)(agent.actor.params, agent, batch, key)
+        close(found, expected, rtol=1e-3)
+        close(info["distillation"], distillation, rtol=1e-3)
+    noise_key, time_key = jax.random.split(key)
+    noise, time = (
+        jax.random.normal(noise_key, batch.actions.shape),
+        jax.random.uniform(time_key, (B, 1)),
+    )
+    between = noise + time * (batch.actions - noise)
+    velocity = agent.flow.apply_fn(agent.flow.params, batch.observations, between, time)
+    found, _ = compiled(fql, "flow_loss", config)(agent.flow.params, agent, batch, key)
+    close(found, ((velocity - batch.actions + noise) ** 2).mean())
+
+
+def test_an_update_of_fql_has_all_gradients_at_the_old_parameters(fql):
+    config, batch = fql.Config(**SIZES, tau=0.2, learning_rate=1e-2), batch_of(fql, 0)
+    agent = fresh(fql, config)
+    new, _ = compiled(fql, "update", config)(agent, batch)
+    key, *keys = jax.random.split(agent.key, 4)
+    for name, each in zip(("critic", "flow", "actor"), keys, strict=True):
+        loss = getattr(fql, f"{name}_loss")
+        state, _ = fql.gradient_step(getattr(agent, name), loss, agent, batch, each, config)
+        jax.tree.map(partial(close, rtol=1e-3, atol=1e-4), getattr(new, name).params, state.params)
+    mix = jax.tree.map(
+        lambda q, old: 0.2 * q + 0.8 * old, new.critic.params, agent.target_critic_params
+    )
+    jax.tree.map(close, new.target_critic_params, mix)
+    np.testing.assert_array_equal(new.key, key)
+
+
+def test_fql_clones_two_modes_and_moves_both(fql):
+    """Actions are -0.6 or 0.6, the reward is 2 + a, the episode is over: the flow keeps both modes,
+    of which a Gaussian would be the mean. Where the slope of Q / mean|Q|, 1 / 2.2, balances twice
+    the distance from the flow, the one-step policy stands 0.22 above it, for every noise."""
+    rng, zeros = np.random.default_rng(0), np.zeros((2000, 1), np.float32)
+    actions = rng.choice([-0.6, 0.6], (2000, 1)) + 0.05 * rng.normal(size=(2000, 1))
+    rewards, ends = np.float32(2 + actions[:, 0]), np.ones(2000, np.float32)
+    dataset = fql.Batch(zeros, np.float32(actions), rewards, zeros, 1 - ends, ends)
+    config = fql.Config(hidden_dims=(64, 64), batch_size=256, learning_rate=2e-3)
+    agent = trained(fql, config, dataset, 1500)[0][-1]
+    noise = jax.random.normal(jax.random.PRNGKey(1), (2000, 1))
+    cloned = np.asarray(fql.flow_actions(agent, zeros, noise, config))
+    assert 0.35 < np.mean(cloned > 0) < 0.65
+    assert np.mean(np.abs(np.abs(cloned) - 0.6) < 0.2) > 0.8
+    taken = np.asarray(agent.actor.apply_fn(agent.actor.params, zeros, noise))
+    assert abs(np.median(taken - cloned) - 0.22) < 0.08
+    assert abs(np.mean(taken > 0.2) - np.mean(cloned > 0)) < 0.1
+    again = [fql.act(agent, jnp.ones((5, 1)) * x, config) for x in (1.0, 1.0, 2.0)]
+    np.testing.assert_array_equal(again[0], again[1])
+    assert not np.array_equal(again[0], again[2])
