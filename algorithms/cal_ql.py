@@ -10,8 +10,7 @@ state: one maximum, the rest is CQL.
     D_i = E[ logsumexp_j (Q_i(s, a_j) - log p(a_j)) - Q_i(s, a) ], with max(Q_i, Monte-Carlo return
           of s) in place of Q_i for the a_j of the policy; all else is in cql.py's docstring
 
-    python algorithms/cal_ql.py                                    # the dataset in this repository
-    python algorithms/cal_ql.py --dataset mujoco/hopper/medium-v0  # any dataset on this machine
+    python algorithms/cal_ql.py  # on the repository's data, or: --dataset mujoco/hopper/medium-v0
 
 Deviations from the authors' code (github.com/nakamotoo/Cal-QL):
  1. The temperature's loss is linear in it, not in its logarithm; output layers start like hidden
@@ -20,7 +19,7 @@ Deviations from the authors' code (github.com/nakamotoo/Cal-QL):
     many as its steps; the return of an episode in play is unknown and bounds nothing. Rounds begin
     with fresh episodes; the last are cut off as by a time limit, and so are their returns.
  3. Locomotion and D4RL's dense Adroit have CORL's settings of CQL (but CORL ends the calibration at
-    the switch); Kitchen goes on after its fourth subtask, with raw rewards; PointMaze is ours.
+    the switch); Kitchen goes on after its fourth subtask, raw rewards; PointMaze, OGBench are ours.
  4. Minari's antmaze goes on at the goal: values tend to 500 where the authors' end at 5, returns by
     the rule "infinite", too; the bound is slack. `collect.py goals` ends episodes there.
 """
@@ -109,10 +108,11 @@ THREE_LAYERS = dict(hidden_dims=(256,) * 3, critic_hidden_dims=(256,) * 3)
 MUJOCO_CQL = dict(cql_alpha=10.0, policy_learning_rate=3e-5, normalize_observations=True)
 MAZE = dict(lagrange=True, backup_actions=10, critic_hidden_dims=(256,) * 4, return_rule="infinite")
 MAZE |= dict(reward_scale=10.0, reward_shift=-5.0, eval_episodes=100, interval=50_000)
-KITCHEN = dict(importance_sampling=False, backup_actions=10, return_rule="infinite")
-KITCHEN |= dict(hidden_dims=(512,) * 3, critic_hidden_dims=(512,) * 3, offline_ratio=0.25)
+WIDE = dict(hidden_dims=(512,) * 3, critic_hidden_dims=(512,) * 3, return_rule="infinite")
+KITCHEN = WIDE | dict(importance_sampling=False, backup_actions=10, offline_ratio=0.25)
 PRESETS = {  # auto: the first whose name is in the dataset's or the environment's, else mujoco
     "sac-medium-replay": MUJOCO_CQL | dict(offline_steps=10**4, online_steps=10**4, interval=2000),
+    "ogbench": WIDE | dict(layer_norm=True, backup_actions=10, eval_episodes=50, interval=50_000),
     "maze": MAZE,  # antmaze, pointmaze
     "kitchen": KITCHEN | dict(offline_steps=500_000, online_steps=1_500_000),
     "adroit": THREE_LAYERS | dict(cql_alpha=1.0, backup_actions=10, difference_range=(-200.0, 1e9)),

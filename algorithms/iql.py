@@ -11,18 +11,16 @@ V it was. Online new transitions join the dataset, and the same losses go on, an
     Eq. (6)  L_Q  = E[ sum_i (r + discount * V(s') - Q_i(s, a))^2 ]
     Eq. (7)  L_pi = -E[ exp(beta * (min_i Qtarget_i(s, a) - V(s))) * log pi(a | s) ]
 
-    python algorithms/iql.py                                    # the dataset in this repository
-    python algorithms/iql.py --dataset mujoco/hopper/medium-v0  # any Minari dataset on this machine
+    python algorithms/iql.py  # on the repository's data, or: --dataset mujoco/hopper/medium-v0
 
 Deviations from the authors' code (github.com/ikostrikov/implicit_q_learning):
  1. The policy's learning rate decays over --offline-steps, not a fixed million, and once more
-    online, where theirs is constant, as ours is in antmaze and after --init-from.
+    online, where theirs is constant, as ours is in mazes and after --init-from.
  2. The reward scale also serves online; theirs is dropped there, so that fine-tuning on locomotion
     does not work (their issue #4). Fine-tuning outside antmaze, and PointMaze, are ours.
- 3. Adroit uses the paper's expectile 0.7, beta 0.5; CORL reports better results with 0.8 and 3.
- 4. Dataset and online transitions are stored apart: no capacity is lost. Rounds begin with fresh
-    episodes, the last ones are cut off, as by a time limit; evaluations repeat their starts. Last
-    rows of cut episodes stay. Minari's antmaze goes on at the goal, whose value is 0 all the same.
+ 3. Adroit has the paper's 0.7 and 0.5 (CORL: 0.8 and 3); OGBench FQL's authors' settings, in ReLU.
+ 4. Rounds begin with fresh episodes, the last ones are cut off, as by a time limit. Such episodes
+    keep their last rows. Minari's antmaze goes on at the goal, whose value is 0 all the same.
 """
 
 # /// script
@@ -90,14 +88,16 @@ class Config:
     max_weight: float = 100.0  # the weights are clipped here
     num_critics: int = 2  # Q-functions; the minimum counts
     dropout_rate: float = 0.0  # in the policy
+    log_std_range: tuple[float, float] = (-5.0, 2.0)  # of the policy; (0, 0): a constant std of 1
+    layer_norm: bool = False  # in critics and V
     decay_actor_lr: bool = True  # cosine to 0 over offline_steps, and again over online_steps
 
 
-MAZE = dict(expectile=0.9, beta=10.0, reward_shift=-1.0, eval_episodes=100, interval=50_000)
+FAR = dict(expectile=0.9, beta=10.0, decay_actor_lr=False, eval_episodes=100, interval=50_000)
 PRESETS = {  # auto: the first whose name is in the dataset's or the environment's, else mujoco
     "sac-medium-replay": dict(normalize_returns=True, offline_steps=50_000, online_steps=50_000),
-    "antmaze": MAZE | dict(decay_actor_lr=False),
-    "pointmaze": MAZE,
+    "ogbench": FAR | dict(hidden_dims=(512,) * 4, layer_norm=True, log_std_range=(0.0, 0.0)),
+    "maze": FAR | dict(reward_shift=-1.0),  # antmaze, pointmaze
     "kitchen": dict(beta=0.5, dropout_rate=0.1),
     "adroit": dict(beta=0.5, dropout_rate=0.1),
     "mujoco": dict(normalize_returns=True),
@@ -111,7 +111,6 @@ METRICS = {  # the algorithm's own columns of metrics.csv, with their healthy ra
     "v": "mean V of the batch; close to q",
     "advantage": "mean of Q - V; slightly negative for expectile > 0.5",
     "weight": "mean advantage weight; of order 1 (max_weight: beta is too large for the rewards)",
-    "policy_std": "mean standard deviation of the policy; falls, not to 0",
 }
 
 
@@ -167,13 +166,14 @@ class GaussianPolicy(nn.Module):
     hidden_dims: tuple[int, ...]
     action_dim: int
     dropout_rate: float = 0.0
+    log_std_range: tuple[float, float] = (-5.0, 2.0)
 
     @nn.compact
     def __call__(self, observations, training=False):
         features = MLP(self.hidden_dims, self.dropout_rate)(observations, training)  # (B, H)
         mean = nn.tanh(nn.Dense(self.action_dim, kernel_init=orthogonal)(features))  # (B, A)
         log_std = self.param("log_std", nn.initializers.zeros, (self.action_dim,))  # (A,)
-        std = jnp.exp(jnp.clip(log_std, -5.0, 2.0))  # (A,)
+        std = jnp.exp(jnp.clip(log_std, *self.log_std_range))  # (A,)
         return distrax.MultivariateNormalDiag(mean, jnp.broadcast_to(std, mean.shape))
 
 
@@ -191,9 +191,10 @@ class Agent:
 def create_agent(key, observation, action, config):
     """A fresh agent from its random key (2,), an observation (1, O) and an action (1, A)."""
     key, actor_key, critic_key, value_key = jax.random.split(key, 4)
-    actor = GaussianPolicy(config.hidden_dims, action.shape[1], config.dropout_rate)
-    critic = ensemble(Value, config.num_critics)(config.hidden_dims)
-    value = Value(config.hidden_dims)
+    inputs = config.hidden_dims, action.shape[1], config.dropout_rate, config.log_std_range
+    actor = GaussianPolicy(*inputs)
+    critic = ensemble(Value, config.num_critics)(config.hidden_dims, config.layer_norm)
+    value = Value(config.hidden_dims, config.layer_norm)
     actor_params = actor.init(actor_key, observation)
     critic_params = critic.init(critic_key, observation, action)
     value_params = value.init(value_key, observation)
@@ -231,8 +232,7 @@ def actor_loss(params, agent, batch, key, config):
     policy = agent.actor.apply_fn(params, batch.observations, True, rngs={"dropout": key})
     log_prob = policy.log_prob(batch.actions)  # (B,), nats
     loss = -(weight * log_prob).mean()
-    info = {"actor_loss": loss, "advantage": advantage.mean(), "weight": weight.mean()}
-    return loss, info | {"policy_std": policy.stddev().mean()}
+    return loss, {"actor_loss": loss, "advantage": advantage.mean(), "weight": weight.mean()}
 
 
 def critic_loss(params, agent, batch, key, config):

@@ -127,13 +127,14 @@ class GaussianPolicy(nn.Module):
     hidden_dims: tuple[int, ...]
     action_dim: int
     dropout_rate: float = 0.0
+    log_std_range: tuple[float, float] = (-5.0, 2.0)
 
     @nn.compact
     def __call__(self, observations, training=False):
         features = MLP(self.hidden_dims, self.dropout_rate)(observations, training)  # (B, H)
         mean = nn.tanh(nn.Dense(self.action_dim, kernel_init=orthogonal)(features))  # (B, A)
         log_std = self.param("log_std", nn.initializers.zeros, (self.action_dim,))  # (A,)
-        std = jnp.exp(jnp.clip(log_std, -5.0, 2.0))  # (A,)
+        std = jnp.exp(jnp.clip(log_std, *self.log_std_range))  # (A,)
         return distrax.MultivariateNormalDiag(mean, jnp.broadcast_to(std, mean.shape))
 
 

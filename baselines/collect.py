@@ -9,6 +9,7 @@ the field, the row and what helps.
     python baselines/collect.py check mine/hopper-v0
     python baselines/collect.py goals D4RL/antmaze/umaze-v1 --id mine/umaze-v0
     python baselines/collect.py pointmaze umaze --steps 300000
+    python baselines/collect.py ogbench cube-single --steps 20000
     python baselines/collect.py rollout runs/iql/mine/hopper-v0/seed0 --steps 10000 --id mine/iql-v0
     python baselines/collect.py replay runs/sac/Hopper-v5/seed0 --id mine/replay-v0
 
@@ -40,6 +41,16 @@ Deviations from D4RL's maze2d sets (scripts/generation/generate_maze2d_datasets.
     the cells' centres; D4RL moves each of them by up to 0.2.
  5. The noise of 0.5 is the default; in D4RL it is an option.
 
+`ogbench` regenerates data by OGBench's recipe with the oracles of its package: scripted grasps, or
+in mazes the way from cell to cell, walked by a point or by an ant that sac.py has trained, with
+noise. Rewards are those of one task: minus the number of things not in place, in the state before
+the action; a step from a state in which all are is a termination, and the rest a new episode.
+
+    Park, Frans, Eysenbach, Levine: OGBench, arXiv 2410.20092; facts from its package, 1.2.2
+
+Deviations: 1,001 steps of a recording, not 1,000; the ant's walker is our SAC, whose network starts
+differently, and which stands in runs/ogbench-walker.
+
 D4RL's antmaze data in today's simulator: a step is 10 of 0.01 s, where D4RL's was 5 of 0.02 s, and
 start and goal are drawn around their cells' centres, D4RL's goal only on the far side of it.
 """
@@ -50,6 +61,7 @@ start and goal are drawn around their cells' centres, D4RL's goal only on the fa
 #   "jax==0.10.2", "flax==0.12.8", "optax==0.2.8", "distrax==0.1.9", "numpy==2.4.6",
 #   "tfp-nightly==0.26.0.dev20261027", "gymnasium[mujoco]==1.4.0", "gymnasium-robotics==1.4.2",
 #   "mujoco==3.11.0", "minari[hdf5,hf]==0.5.4", "tyro==1.0.16", "tqdm==4.70.1", "h5py==3.16.0",
+#   "ogbench==1.2.2", "dm_control==1.0.44",
 # ]
 # ///
 import contextlib
@@ -61,6 +73,7 @@ import io
 import json
 import os
 import shutil
+import subprocess
 import sys
 import warnings
 from collections import deque
@@ -118,6 +131,24 @@ class Pointmaze:
     seed: int = 0  # of starts, goals and noise
     noise: float = 0.5  # standard deviation on each action; the box is [-1, 1]
     id: str = ""  # Minari id to write; default: pointmaze/<maze>-v0
+    force: bool = False  # delete an existing dataset of this id
+
+
+@dataclasses.dataclass(frozen=True)
+class Ogbench:
+    """OGBench's recipe: its oracles play in its worlds, and one task's rewards are put on it."""
+
+    world: Positional[
+        Literal["cube-single", "cube-double", "scene", "puzzle-3x3", "pointmaze-medium",
+                "antmaze-medium"]
+    ]  # fmt: skip
+    task: int = 0  # 1 ... 5; default: OGBench's
+    type: Literal["", "play", "navigate"] = ""  # play, or in mazes navigate, which is all there is
+    steps: int = 1_000_000  # environment steps, and what the last recording still needs
+    seed: int = 0  # of starts, goals and noise
+    walker: Path = Path("runs/ogbench-walker")  # antmaze: run of sac.py; trained if not finished
+    walker_steps: int = 400_000  # environment steps that the walker has been trained for
+    id: str = ""  # Minari id to write; default: ogbench/<world>-<type>-task<task>-v0
     force: bool = False  # delete an existing dataset of this id
 
 
@@ -304,7 +335,8 @@ def summarize(source, episodes, env, reference):
     print(f"  actions     up to {largest:.3g}, {use} by the scripts")
     if reference:
         low, high = reference
-        score = 100 * (returns.mean() - low) / (high - low)
+        measure = terminated | (returns > 0) if (low, high) == (0, 1) else returns  # of success
+        score = 100 * (measure.mean() - low) / (high - low)
         print(f"  reference   {low:g} random, {high:g} expert: mean score {score:.1f}")
     else:
         print("  reference   none: scripts report raw returns")
@@ -752,6 +784,158 @@ def pointmaze(request):
     write_dataset(request, episodes, env, eval_env, algorithm, about)
 
 
+# ----------------------------------------------------------------------------------------- OGBench
+TASKS = {"puzzle-3x3": 4, "pointmaze-medium": 1, "antmaze-medium": 1}  # by default; others: 2
+P_STACK = {"cube-single": (0.0, 0.0), "cube-double": (0.0, 0.25)}  # ranges; others: 0.5
+
+
+def walker_world():
+    """An ant that is rewarded for its way along a direction, which is in its observation."""
+    from ogbench.online_locomotion import wrappers
+
+    return wrappers.GymXYWrapper(gym.make("online-ant-v0"), resample_interval=100)
+
+
+gym.register("online-ant-xy-v0", "collect:walker_world", max_episode_steps=1000)
+
+
+def oracles_of(env, world):
+    """{target: oracle}; which one plays is in the environment's info."""
+    from ogbench.manipspace.oracles import plan
+
+    names = {"cube": "Cube", "button": "Button", "drawer": "Drawer", "window": "Window"}
+    found = {}
+    for target, name in names.items():
+        module = importlib.import_module(f"{plan.__name__}.{target}_plan")
+        more = {"gripper_always_closed": True} if "puzzle" in world else {}
+        more = more if target == "button" else {}
+        found[target] = getattr(module, f"{name}PlanOracle")(
+            env=env, noise=0.1, noise_smoothing=0.5, **more
+        )
+    return found
+
+
+def manipulate(env, world, rng, seed):
+    """One recording of the oracles: yields (observation, action, info after it)."""
+    observation, info = env.reset(seed=seed)
+    stack, oracles = rng.uniform(*P_STACK.get(world, (0.5, 0.5))), oracles_of(env, world)
+    oracle = oracles[info["privileged/target_task"]]
+    oracle.reset(observation, info)
+    truncated = False
+    while not truncated:
+        action = np.clip(oracle.select_action(observation, info), -1, 1)
+        following, _, _, truncated, info = env.step(action)
+        yield observation, action, following, info
+        if oracle.done:
+            start, first = env.unwrapped.set_new_target(p_stack=stack)
+            oracle = oracles[first["privileged/target_task"]]
+            oracle.reset(start, first)
+        observation = following
+
+
+def navigate(env, world, rng, seed, walk):
+    """One recording in a maze, from vertex to vertex: yields (observation, action, info after)."""
+    wall = np.pad(env.unwrapped.maze_map, 1, constant_values=1) == 1
+    up, down, left, right = wall[:-2, 1:-1], wall[2:, 1:-1], wall[1:-1, :-2], wall[1:-1, 2:]
+    straight = ~up & ~down & left & right | up & down & ~left & ~right  # a corridor
+    cells = np.argwhere(~wall[1:-1, 1:-1])
+    vertices = np.argwhere(~wall[1:-1, 1:-1] & ~straight)
+    task = {"init_ij": tuple(rng.choice(cells)), "goal_ij": tuple(rng.choice(vertices))}
+    observation, _ = env.reset(seed=seed, options={"task_info": task})
+    maze, truncated = env.unwrapped, False
+    while not truncated:
+        position = maze.get_xy()
+        way = maze.get_oracle_subgoal(position, maze.cur_goal_xy)[0] - position
+        direction = way / (np.linalg.norm(way) + 1e-6)
+        action = np.clip(walk(maze, direction), -1, 1)
+        following, _, _, truncated, info = env.step(action)
+        yield observation, action, following, info
+        if info["success"]:
+            maze.set_goal(goal_ij=tuple(rng.choice(vertices)))
+        observation = following
+
+
+def walker(request, world, rng):
+    """`walk(maze, direction)`: a point's step, or the ant's, by the policy of sac.py's run."""
+    if "point" in world:
+        return lambda maze, direction: direction + rng.normal(0, 0.5, 2)
+    settings = [
+        "--warmup-steps",
+        "10000",
+        "--learning-rate",
+        "1e-4",
+        "--entropy-per-action",
+        "-0.5",
+    ]
+    settings += [
+        "--online-steps",
+        str(request.walker_steps),
+        "--env-id",
+        "collect:online-ant-xy-v0",
+    ]
+    command = [sys.executable, str(HERE / "sac.py"), *settings, "--run-dir", str(request.walker)]
+    if subprocess.run(command).returncode:  # goes on, or does nothing where it is finished
+        fail(f"the walker's run, {request.walker}, did not come to its end")
+    script, said, arrays, _ = load_run(request.walker)
+    policy = run_policy(script, said, arrays, Rollout(request.walker, ""), run_environment(said))
+
+    def walk(maze, direction):
+        observation = np.concatenate([maze.get_ob(ob_type="states")[2:], direction])
+        return policy(observation, 0) + rng.normal(0, 0.2, 8)
+
+    return walk
+
+
+def ogbench(request):
+    """The dataset of OGBench's oracles in one of its worlds, with the rewards of one task."""
+    try:
+        relabel = importlib.import_module("ogbench.relabel_utils").relabel_dataset
+    except ImportError as error:
+        fail(f"{error}; pip install ogbench==1.2.2")
+    world, in_maze = request.world, "maze" in request.world
+    task, kind = request.task or TASKS.get(world, 2), "navigate" if in_maze else "play"
+    if task not in range(1, 6) or request.type not in ("", kind):
+        fail(f"{world}: --task {task} --type {request.type}: a task of 1 ... 5, of type {kind}")
+    default = f"ogbench/{world}-{kind}-task{task}-v0"
+    request = dataclasses.replace(request, id=request.id or default)
+    check_ranges(request)
+    check_new_id(request)
+    name = f"{world}-singletask-task{task}-v0"
+    options = {"terminate_at_goal": False, "max_episode_steps": 1001}
+    options |= {} if in_maze else {"mode": "data_collection"}
+    env, goal = gym.make(f"{world}-v0", **options), make_environment(gym.make, name)
+    rng = np.random.default_rng(request.seed)
+    np.random.seed(request.seed)  # the oracles draw from NumPy's global generator
+    more = {"walk": walker(request, world, rng)} if in_maze else {}
+    episodes, count, number = [], 0, 0
+    bar = tqdm(total=request.steps, disable=None)
+    while count < request.steps:
+        record = navigate if in_maze else manipulate
+        played = record(env, world, rng, episode_seed(request.seed, number), **more)
+        observations, actions, following, infos = map(list, zip(*played, strict=True))
+        number += 1
+        qpos = np.stack([info["prev_qpos"] for info in infos])  # (T, P), of the states before
+        if world == "scene":  # its cube fell off the table, or into the drawer's side
+            y, z = qpos[:, 15], qpos[:, 16]
+            if (y >= 0.29).any() or ((y <= -0.3) & ((z < 0.06) | (z > 0.08))).any():
+                continue
+        rows = {"qpos": qpos}
+        if "prev_button_states" in infos[0]:
+            rows["button_states"] = np.stack([info["prev_button_states"] for info in infos])
+        relabel(name, goal, rows)
+        states = np.float32([*observations, following[-1]])  # (T + 1, O)
+        ends = np.flatnonzero(np.append(rows["masks"][:-1] == 0, True))  # (E,), rows
+        for first, last in zip(np.append(0, ends[:-1] + 1), ends, strict=True):
+            part = slice(first, last + 1)
+            values = np.float32(actions[part]), rows["rewards"][part], rows["masks"][part] == 0
+            episodes.append(episode_buffer(states[first : last + 2], *values))
+        count += len(actions)
+        bar.update(len(actions))
+    bar.close()
+    what = f"regenerated by OGBench's recipe: {world}, {kind}, task {task}"
+    write_dataset(request, episodes, goal, goal, "OGBench's oracles", what, (0.0, 1.0))
+
+
 # -------------------------------------------------------------------------------------------- Runs
 def load_run(folder):
     """A run's script as a module, what is in its config.json, its checkpoint's arrays, of the
@@ -881,8 +1065,8 @@ def replay(request):
 
 # -------------------------------------------------------------------------------------------- main
 COMMANDS = {
-    Convert: convert, Check: check, Goals: goals, Pointmaze: pointmaze, Rollout: rollout,
-    Replay: replay,
+    Convert: convert, Check: check, Goals: goals, Pointmaze: pointmaze, Ogbench: ogbench,
+    Rollout: rollout, Replay: replay,
 }  # fmt: skip
 
 

@@ -21,6 +21,7 @@ Deviations from the authors' code (github.com/ikostrikov/rlpd):
  2. The log-std is clipped to [-10, 2] as in sac.py, where theirs is to [-20, 2].
  3. Kitchen, PointMaze and the default's short budget (`utd_ratio` 4) are ours; Adroit here is
     D4RL's dense one, theirs the binary one. Antmaze is evaluated less often, on more episodes.
+    OGBench has FQL's authors' settings (arXiv 2502.02538), but ReLU for GELU.
  4. With --offline-steps, one minibatch per update (theirs 20), and no uniform start after it.
  5. Rounds begin with fresh episodes, the last ones are cut off, as by a time limit. Minari's
     antmaze goes on at the goal, whose value is 0 all the same (collect.py goals ends it there).
@@ -99,10 +100,12 @@ DEEP = dict(hidden_dims=(256, 256, 256), entropy_backup=False)
 MAZE = DEEP | dict(target_critics=1, reward_shift=-1.0, online_steps=300_000)
 MAZE |= dict(eval_episodes=100, interval=20_000)
 SHORT = dict(online_steps=20_000, warmup_steps=1_000, interval=2_000, utd_ratio=4)
+OGBENCH = dict(hidden_dims=(512,) * 4, entropy_backup=False, num_critics=2, utd_ratio=1)
+OGBENCH |= dict(online_steps=1_000_000, eval_episodes=50, interval=50_000)
 PRESETS = {  # auto: the first whose name is in the dataset's or the environment's, else mujoco
     "sac-medium-replay": SHORT,
-    "antmaze": MAZE,
-    "pointmaze": MAZE,
+    "ogbench": OGBENCH,
+    "maze": MAZE,  # antmaze, pointmaze
     "kitchen": DEEP | dict(online_steps=1_000_000),
     "adroit": DEEP | dict(online_steps=1_000_000),
     "mujoco": dict(),

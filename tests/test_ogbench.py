@@ -1,11 +1,16 @@
-"""ReBRAC and FQL: losses by hand, next actions, a flow that clones two modes, and a one-step policy
-where it is known to stand."""
+"""OGBench's recipe; ReBRAC and FQL: losses by hand, next actions, a flow that clones two modes, and
+a one-step policy where it is known to stand."""
 
 from functools import partial
 
+import gymnasium as gym
 import jax
 import jax.numpy as jnp
+import minari
+import mujoco
 import numpy as np
+import pytest
+from conftest import load_script
 from test_learning import trained
 from test_losses import B, batch_of, compiled, fresh
 
@@ -133,3 +138,71 @@ def test_fql_clones_two_modes_and_moves_both(fql):
     again = [fql.act(agent, jnp.ones((5, 1)) * x, config) for x in (1.0, 1.0, 2.0)]
     np.testing.assert_array_equal(again[0], again[1])
     assert not np.array_equal(again[0], again[2])
+
+
+# --------------------------------------------------------------------------------- OGBench's recipe
+@pytest.fixture(scope="module")
+def collect():
+    return load_script("baselines/collect.py")
+
+
+@pytest.mark.parametrize("world", ["cube-single", "puzzle-3x3", "pointmaze-medium"])
+def test_ogbench_regenerated(world, collect, iql, tmp_path, monkeypatch):
+    """Rewards are those of the task's own environment in the states before the actions, a success
+    is a termination, the next segment goes on; and the same command makes the same bytes."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    pytest.importorskip("ogbench")
+    collect.main(["ogbench", world, "--steps", "1001", "--seed", "3"])
+    kind = "navigate" if "maze" in world else "play"
+    name = f"ogbench/{world}-{kind}-task{collect.TASKS.get(world, 2)}-v0"
+    file = tmp_path / name / "data" / "main_data.hdf5"
+    first = file.read_bytes()
+    dataset = minari.load_dataset(name)
+    env = dataset.recover_environment(eval_env=True)
+    assert "singletask" in env.spec.id and dataset.total_steps == 1001
+    episodes = list(dataset.iterate_episodes())
+    for before, after in zip(episodes, episodes[1:], strict=False):
+        np.testing.assert_array_equal(before.observations[-1], after.observations[0])
+    if world == "pointmaze-medium":
+        env.reset(seed=0)
+        goal, tolerance = env.unwrapped.cur_goal_xy, env.unwrapped._goal_tol
+        for episode in episodes:
+            near = np.linalg.norm(episode.observations[:-1] - goal, axis=1) <= tolerance
+            np.testing.assert_array_equal(episode.rewards, near - 1.0)
+            np.testing.assert_array_equal(episode.terminations, near)
+    config, data, env = iql.parse_config(["--dataset", name])
+    assert config.preset == "ogbench"
+    rows, source = iql.load_dataset(config, data, env)
+    assert source["reference"] == [0.0, 1.0] and np.abs(rows.actions).max() <= 1
+    collect.main(["ogbench", world, "--steps", "1001", "--seed", "3", "--force"])
+    assert file.read_bytes() == first
+
+
+def test_rewards_are_the_environments_own(collect):
+    """The recorded states, set in the task's environment, one after the other: its reward and its
+    success there are what the recipe writes; some rows are successes."""
+    relabel = pytest.importorskip("ogbench.relabel_utils").relabel_dataset
+    name = "cube-single-singletask-task2-v0"
+    options = {"terminate_at_goal": False, "mode": "data_collection", "max_episode_steps": 300}
+    world, env = gym.make("cube-single-v0", **options), gym.make(name)
+    np.random.seed(0)
+    played = [*collect.manipulate(world, "cube-single", np.random.default_rng(0), 0)]
+    rows = {"qpos": np.stack([info["prev_qpos"] for *_, info in played])}
+    relabel(name, env, rows)
+    inner, expected = env.unwrapped, []
+    for qpos in rows["qpos"]:
+        inner._data.qpos[:] = qpos
+        mujoco.mj_forward(inner._model, inner._data)
+        inner.post_step()
+        expected.append((inner.compute_reward(), not inner.terminate_episode()))
+    np.testing.assert_array_equal(np.stack([rows["rewards"], rows["masks"]], axis=1), expected)
+    assert 0 < rows["masks"].mean() < 1
+    for (_, _, following, _), (observation, *_) in zip(played, played[1:], strict=False):
+        np.testing.assert_array_equal(following, observation)
+
+
+def test_ogbench_refusals(collect, capsys):
+    for flags in (["cube-single", "--task", "6"], ["scene", "--type", "navigate"]):
+        with pytest.raises(SystemExit):
+            collect.main(["ogbench", *flags, "--steps", "10"])
+        assert "a task of 1 ... 5, of type play" in capsys.readouterr().err
