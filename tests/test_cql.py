@@ -92,6 +92,18 @@ def test_online_losses(sac_finetune):
     scale = np.abs(agent.critic.apply_fn(agent.critic.params, batch.observations, actions)).mean()
     price = np.exp(agent.kl_multiplier.params["log"])
     np.testing.assert_allclose(found - plain, price * scale * kl, rtol=1e-3)
+    reference = agent.actor.apply_fn(agent.reference_params, batch.observations).distribution
+    policy = lambda p: agent.actor.apply_fn(p, batch.observations).distribution  # noqa: E731
+    slopes = [
+        jax.grad(loss)(agent.actor.params)
+        for loss in (
+            lambda p: script.online_actor_loss(p, agent, batch, key, config)[0],
+            lambda p: script.actor_loss(p, agent, batch, key, config)[0],
+            lambda p: price * scale * policy(p).kl_divergence(reference).mean(),  # |Q| is constant
+        )
+    ]
+    same = partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4)
+    jax.tree.map(lambda whole, *parts: same(whole, sum(parts)), *slopes)
     naive = script.Config(**SIZES, mode="naive")
     found, _ = script.online_actor_loss(agent.actor.params, agent, batch, key, naive)
     np.testing.assert_allclose(found, plain, rtol=1e-5)
