@@ -44,7 +44,7 @@ Deviations from D4RL's maze2d sets (scripts/generation/generate_maze2d_datasets.
 `ogbench` regenerates data by OGBench's recipe with the oracles of its package: scripted grasps, or
 in mazes the way from cell to cell, walked by a point or by an ant that sac.py has trained, with
 noise. Rewards are those of one task: minus the number of things not in place, in the state before
-the action; a step from a state in which all are is a termination, and the rest a new episode.
+the action; a step from a state in which all are is a termination, though the recording goes on.
 
     Park, Frans, Eysenbach, Levine: OGBench, arXiv 2410.20092; facts from its package, 1.2.2
 
@@ -335,7 +335,8 @@ def summarize(source, episodes, env, reference):
     print(f"  actions     up to {largest:.3g}, {use} by the scripts")
     if reference:
         low, high = reference
-        measure = terminated | (returns > 0) if (low, high) == (0, 1) else returns  # of success
+        reached = np.array([episode.terminations.any() for episode in episodes]) | (returns > 0)
+        measure = reached if (low, high) == (0, 1) else returns  # as the scripts' evaluation
         score = 100 * (measure.mean() - low) / (high - low)
         print(f"  reference   {low:g} random, {high:g} expert: mean score {score:.1f}")
     else:
@@ -346,7 +347,7 @@ def summarize(source, episodes, env, reference):
         warn(f"{words} termination: are these timeouts, not terminals?")
     early = sum(int(np.sum(episode.terminations[:-1])) for episode in episodes)
     if early:
-        warn(f"{early} terminations stand before an episode's last step; they cut the bootstrap")
+        warn(f"{early} terminations stand before an episode's last step; scripts end it at each")
     if np.ptp(returns) < 1e-6 and "Maze" not in env.spec.id:
         warn("all returns are equal: nothing for --normalize-returns")
 
@@ -924,11 +925,8 @@ def ogbench(request):
             rows["button_states"] = np.stack([info["prev_button_states"] for info in infos])
         relabel(name, goal, rows)
         states = np.float32([*observations, following[-1]])  # (T + 1, O)
-        ends = np.flatnonzero(np.append(rows["masks"][:-1] == 0, True))  # (E,), rows
-        for first, last in zip(np.append(0, ends[:-1] + 1), ends, strict=True):
-            part = slice(first, last + 1)
-            values = np.float32(actions[part]), rows["rewards"][part], rows["masks"][part] == 0
-            episodes.append(episode_buffer(states[first : last + 2], *values))
+        values = np.float32(actions), rows["rewards"], rows["masks"] == 0
+        episodes.append(episode_buffer(states, *values))  # scripts end it at every termination
         count += len(actions)
         bar.update(len(actions))
     bar.close()

@@ -388,9 +388,9 @@ def load_dataset(config, data, env):
     for episode in data.iterate_episodes() if data else ():
         leaves = jax.tree.leaves(episode.observations)  # of Dicts as FlattenObservation does it
         observations = np.concatenate([x.reshape(len(x), -1) for x in leaves], axis=1)  # (T + 1, O)
-        ends = 1.0 * (np.arange(1, len(observations)) == len(episode.rewards))  # (T,)
+        ends = np.append(episode.terminations[:-1], True)  # (T,), a termination inside is one, too
         step = observations[:-1], episode.actions, episode.rewards, observations[1:]
-        parts.append(Batch(*step, 1.0 - episode.terminations, ends))
+        parts.append(Batch(*step, 1.0 - episode.terminations, 1.0 * ends))
     if data:
         rows = jax.tree.map(lambda *xs: np.concatenate(xs, dtype=np.float32), *parts)
         file = data.storage.data_path / "main_data.hdf5"

@@ -160,20 +160,20 @@ def test_ogbench_regenerated(world, collect, iql, tmp_path, monkeypatch):
     dataset = minari.load_dataset(name)
     env = dataset.recover_environment(eval_env=True)
     assert "singletask" in env.spec.id and dataset.total_steps == 1001
-    episodes = list(dataset.iterate_episodes())
-    for before, after in zip(episodes, episodes[1:], strict=False):
-        np.testing.assert_array_equal(before.observations[-1], after.observations[0])
-    if world == "pointmaze-medium":
-        env.reset(seed=0)
-        goal, tolerance = env.unwrapped.cur_goal_xy, env.unwrapped._goal_tol
-        for episode in episodes:
-            near = np.linalg.norm(episode.observations[:-1] - goal, axis=1) <= tolerance
-            np.testing.assert_array_equal(episode.rewards, near - 1.0)
-            np.testing.assert_array_equal(episode.terminations, near)
+    (episode,) = dataset.iterate_episodes()
     config, data, env = iql.parse_config(["--dataset", name])
     assert config.preset == "ogbench"
     rows, source = iql.load_dataset(config, data, env)
     assert source["reference"] == [0.0, 1.0] and np.abs(rows.actions).max() <= 1
+    np.testing.assert_array_equal(rows.masks, 1 - episode.terminations)
+    np.testing.assert_array_equal(rows.ends[:-1], episode.terminations[:-1])
+    assert rows.ends[-1] == 1 and len(rows.ends) == 1001
+    if world == "pointmaze-medium":
+        env.reset(seed=0)
+        goal, tolerance = env.unwrapped.cur_goal_xy, env.unwrapped._goal_tol
+        near = np.linalg.norm(episode.observations[:-1] - goal, axis=1) <= tolerance
+        np.testing.assert_array_equal(episode.rewards, near - 1.0)
+        np.testing.assert_array_equal(episode.terminations, near)
     collect.main(["ogbench", world, "--steps", "1001", "--seed", "3", "--force"])
     assert file.read_bytes() == first
 
