@@ -138,7 +138,19 @@ def test_updates_replayed_step_by_step(name, request):
         jax.tree.map(same, getattr(agent, field), getattr(by_hand, field))
     jax.tree.map(same, parameters(agent), parameters(by_hand))
     np.testing.assert_array_equal(agent.key, by_hand.key)
-    assert name == "td3_bc" or agent.multiplier.step == 2
+    if name == "td3_c":
+        assert agent.multiplier.step == 2
+        jax.tree.map(same, agent.multiplier.opt_state, by_hand.multiplier.opt_state)
+
+
+@pytest.mark.parametrize(("eta", "epsilon"), [(1.5, 0.0), (-3.0, 1e6)])
+def test_the_multiplier_stays_in_its_bounds(eta, epsilon, td3_c):
+    config = td3_c.Config(**SIZES, epsilon=epsilon, multiplier_max=1.5, policy_delay=1)
+    agent = fresh_agent(td3_c, config)
+    multiplier = agent.multiplier.replace(params={"eta": np.float32(eta)})
+    agent = agent.replace(multiplier=multiplier)
+    new, _ = compiled(td3_c, "online_update", config)(agent, batch_of(td3_c, 0))
+    assert new.multiplier.step == 1 and float(new.multiplier.params["eta"]) == eta
 
 
 def test_a_periodic_reference_is_taken_before_the_step(td3_c):
