@@ -152,7 +152,7 @@ def test_ogbench_regenerated(world, collect, iql, tmp_path, monkeypatch):
     is a termination, the next segment goes on; and the same command makes the same bytes."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     pytest.importorskip("ogbench")
-    collect.main(["ogbench", world, "--steps", "1001", "--seed", "3"])
+    collect.main(["ogbench", world, "--steps", "1001", "--seed", "6"])
     kind = "navigate" if "maze" in world else "play"
     name = f"ogbench/{world}-{kind}-task{collect.TASKS.get(world, 2)}-v0"
     file = tmp_path / name / "data" / "main_data.hdf5"
@@ -168,13 +168,15 @@ def test_ogbench_regenerated(world, collect, iql, tmp_path, monkeypatch):
     np.testing.assert_array_equal(rows.masks, 1 - episode.terminations)
     np.testing.assert_array_equal(rows.ends[:-1], episode.terminations[:-1])
     assert rows.ends[-1] == 1 and len(rows.ends) == 1001
+    assert not np.array_equal(episode.observations[-1], episode.observations[-2])
     if world == "pointmaze-medium":
         env.reset(seed=0)
         goal, tolerance = env.unwrapped.cur_goal_xy, env.unwrapped._goal_tol
         near = np.linalg.norm(episode.observations[:-1] - goal, axis=1) <= tolerance
         np.testing.assert_array_equal(episode.rewards, near - 1.0)
         np.testing.assert_array_equal(episode.terminations, near)
-    collect.main(["ogbench", world, "--steps", "1001", "--seed", "3", "--force"])
+        assert near.any()
+    collect.main(["ogbench", world, "--steps", "1001", "--seed", "6", "--force"])
     assert file.read_bytes() == first
 
 
