@@ -235,15 +235,23 @@ def test_returns_of_the_dataset(rule, script):
     np.testing.assert_allclose(found, by_hand(rewards, masks, ends, -5.0, config), rtol=1e-5)
 
 
-def test_returns_of_the_buffer_are_those_of_the_dataset(cal_ql, pendulum, tmp_path):
+def test_returns_of_the_buffer_are_those_of_the_dataset(cal_ql, pendulum, tmp_path, monkeypatch):
     """Two seeds, a ring that overflows: an episode's returns are there when it has ended, and a
-    round's end cuts an episode like a time limit."""
+    round's end cuts an episode like a time limit. Till then they are below every Q."""
+    inserted, insert = set(), cal_ql.insert
+
+    def spy(buffers, rows, position):
+        inserted.update(rows.mc_returns.tolist() if isinstance(rows, cal_ql.Batch) else ())
+        return insert(buffers, rows, position)
+
+    monkeypatch.setattr(cal_ql, "insert", spy)
     flags = ["--dataset", pendulum, "--hidden-dims", "8", "--critic-hidden-dims", "8",
              "--batch-size", "16", "--num-seeds", "2", "--num-actions", "2",
              "--eval-episodes", "1", "--interval", "250", "--offline-steps", "10",
              "--online-steps", "330", "--warmup-steps", "320", "--buffer-size", "300",
              "--run-dir", str(tmp_path)]  # fmt: skip
     cal_ql.main(flags)
+    assert inserted == {-1e9}
     arrays, meta = cal_ql.load(tmp_path)
     in_time = np.arange(30, 330) % 300
     rows = [arrays[f"buffers/{x}"][:, in_time] for x in ("rewards", "masks", "ends", "mc_returns")]
