@@ -11,7 +11,8 @@ Online new transitions join the dataset, and the same losses go on, one update p
               a' = clip(mu(s', z)), z ~ N(0, I); the minimum over j with --target-minimum
     flow      L_flow = E[ mean (v(s, x_t, t) - (a - z))^2 ], x_t = (1 - t) z + t a, t ~ U(0, 1)
     policy    L_mu   = imitation * E[ mean (mu(s, z) - flow(s, z))^2 ] - E[ mean_i Q_i(s, mu) ]
-    flow(s, z): x_0 = z, flow_steps Euler steps x <- x + v(s, x, t) / flow_steps, then clipped
+
+flow(s, z) is where flow_steps Euler steps of v, 1 / flow_steps each, lead from z; it is clipped.
 
     python baselines/fql.py                                    # the dataset in this repository
     python baselines/fql.py --dataset mujoco/hopper/medium-v0  # any Minari dataset on this machine

@@ -37,6 +37,21 @@ def test_an_improvement_uses_every_step_as_often(ppo):
     assert np.isfinite(list(info.values())).all()
 
 
+def test_an_improvements_returns_and_orders(ppo, monkeypatch):
+    """V regresses on A + V(s), so that its first error is A; every epoch has an order of its own."""
+    config = ppo.Config(**SMALL | dict(batch_size=64), rollout_steps=64, epochs=1)
+    agent, rollout = fresh(ppo, config), batch_of(ppo, 0, size=64)
+    _, info = ppo.improve(agent, rollout, config)
+    advantages, _ = ppo.generalised_advantages(agent, rollout, config)
+    np.testing.assert_allclose(info["value_loss"], (advantages**2).mean(), rtol=1e-4)
+    keys, permutation = [], jax.random.permutation
+    spy = lambda key, *rest: keys.append(tuple(np.asarray(key))) or permutation(key, *rest)  # noqa: E731
+    monkeypatch.setattr(jax.random, "permutation", spy)
+    with jax.disable_jit():
+        ppo.improve(agent, rollout, ppo.Config(**SMALL, rollout_steps=64, epochs=3))
+    assert len(set(keys)) == 3 and tuple(np.asarray(agent.key)) not in keys
+
+
 def test_ppo_moves_towards_the_better_action(ppo):
     """One state, reward -(a - 0.5)^2, every step an episode."""
     config = ppo.Config(hidden_dims=(16,), value_hidden_dims=(16,), rollout_steps=256,
@@ -93,6 +108,11 @@ def test_critics_are_iqls(uni_o4):
     errors = (q - b.rewards - config.discount * b.masks * following) ** 2
     loss, _ = uni_o4.critic_loss(agent.critic.params, agent, batch, None, config)
     np.testing.assert_allclose(loss, errors.mean(axis=1).sum(), rtol=1e-4)
+    one, _ = uni_o4.fit_critics(agent, batch, config)
+    two, _ = uni_o4.fit_critics(one, batch, config)
+    kernels = [x.target_critic_params["params"]["kernel"] for x in (agent, one, two)]
+    np.testing.assert_array_equal(kernels[0], kernels[1])  # the target moves in every second one
+    assert not np.array_equal(kernels[1], kernels[2])
 
 
 def constant_critic(agent, value):
