@@ -38,18 +38,22 @@ def test_an_improvement_uses_every_step_as_often(ppo):
 
 
 def test_an_improvements_returns_and_orders(ppo, monkeypatch):
-    """V regresses on A + V(s), so that its first error is A; every epoch has an order of its own."""
+    """V regresses on A + V(s), so that its first error is A; every epoch has its own order."""
     config = ppo.Config(**SMALL | dict(batch_size=64), rollout_steps=64, epochs=1)
     agent, rollout = fresh(ppo, config), batch_of(ppo, 0, size=64)
     _, info = ppo.improve(agent, rollout, config)
     advantages, _ = ppo.generalised_advantages(agent, rollout, config)
     np.testing.assert_allclose(info["value_loss"], (advantages**2).mean(), rtol=1e-4)
-    keys, permutation = [], jax.random.permutation
-    spy = lambda key, *rest: keys.append(tuple(np.asarray(key))) or permutation(key, *rest)  # noqa: E731
+    keys, permutation = set(), jax.random.permutation
+
+    def spy(key, *rest):
+        jax.debug.callback(lambda key: keys.add(tuple(key.tolist())), key)
+        return permutation(key, *rest)
+
     monkeypatch.setattr(jax.random, "permutation", spy)
-    with jax.disable_jit():
-        ppo.improve(agent, rollout, ppo.Config(**SMALL, rollout_steps=64, epochs=3))
-    assert len(set(keys)) == 3 and tuple(np.asarray(agent.key)) not in keys
+    ppo.improve(agent, rollout, ppo.Config(**SMALL, rollout_steps=64, epochs=3))
+    jax.effects_barrier()
+    assert len(keys) == 3 and tuple(np.asarray(agent.key).tolist()) not in keys
 
 
 def test_ppo_moves_towards_the_better_action(ppo):
