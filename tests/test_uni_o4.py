@@ -40,7 +40,7 @@ def test_an_improvement_uses_every_step_as_often(ppo):
 def test_an_improvements_returns_and_orders(ppo, monkeypatch):
     """V regresses on A + V(s), so that its first error is A; every epoch has its own order."""
     config = ppo.Config(**SMALL | dict(batch_size=64), rollout_steps=64, epochs=1)
-    agent, rollout = fresh(ppo, config), batch_of(ppo, 0, size=64)
+    agent, rollout = fresh(ppo, config), jax.tree.map(jnp.asarray, batch_of(ppo, 0, size=64))
     _, info = ppo.improve(agent, rollout, config)
     advantages, _ = ppo.generalised_advantages(agent, rollout, config)
     np.testing.assert_allclose(info["value_loss"], (advantages**2).mean(), rtol=1e-4)
