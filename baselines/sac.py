@@ -14,10 +14,10 @@ the entropy settles at a target.
     python baselines/sac.py --env-id Hopper-v5
     python baselines/collect.py replay runs/sac/Hopper-v5/seed0  # its replay as a Minari dataset
 
-Deviations from the paper's code (github.com/rail-berkeley/softlearning):
+Deviations from the paper's code (github.com/rail-berkeley/softlearning, its last commit, 13cf187):
  1. The actions of the first `warmup_steps` are uniform, and no update is made before their end.
  2. Orthogonal initialisation, as in jaxrl; the critics' squared errors are summed, not halved.
- 3. The temperature's loss is linear in the temperature, not in its logarithm (jaxrl's form).
+ 3. The policy ascends the minimum of the Qs, as in the paper; theirs their mean.
  4. Rounds begin with fresh episodes, the last ones are cut off, as by a time limit.
 """
 
