@@ -10,7 +10,7 @@ Online new transitions join the dataset, and the same losses go on, one update p
     critic    L_Q    = E[ mean_i (r + discount * mean_j Qtarget_j(s', a') - Q_i(s, a))^2 ],
               a' = clip(mu(s', z)), z ~ N(0, I); the minimum over j with --target-minimum
     flow      L_flow = E[ mean (v(s, x_t, t) - (a - z))^2 ], x_t = (1 - t) z + t a, t ~ U(0, 1)
-    policy    L_mu   = imitation * E[ mean (mu(s, z) - flow(s, z))^2 ] - E[ mean_i Q_i(s, mu) ]
+    actor     L_mu   = imitation * E[ mean (mu(s, z) - flow(s, z))^2 ] - E[ mean_i Q_i(s, mu) ]
 
 flow(s, z) is where flow_steps Euler steps of v, 1 / flow_steps each, lead from z; it is clipped.
 
