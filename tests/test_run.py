@@ -132,7 +132,7 @@ def test_bad_input_is_one_line(iql, flags, tmp_path):
         ("--env-id", "NoSuch-v0"): "NoSuch",
         ("--env-id", "CartPole-v1"): "CartPole",
         ("--env-id", "MountainCarContinuous-v0"): "collect.py",
-        ("--preset", "nothing"): "antmaze",
+        ("--preset", "nothing"): "ogbench",
         ("--init-from", str(tmp_path)): "checkpoint.npz",
     }.items():
         end = go(iql, [*flags, *bad, "--run-dir", tmp_path / "run"])
