@@ -20,7 +20,8 @@ flow(s, z) is where flow_steps Euler steps of v, 1 / flow_steps each, lead from 
 Deviations from the authors' code (github.com/seohongpark/fql):
  1. Orthogonal initialisation; the critics' hidden layers are ReLU, theirs GELU, as the flows' are.
  2. Evaluation's noise comes from the observations, so that it can be repeated; theirs is fresh.
- 3. Outside OGBench Q is divided by mean|Q| and imitation is 1, by their advice for new tasks.
+ 3. Outside OGBench and antmaze Q is divided by mean|Q| and imitation is 1, by their advice for new
+    tasks; on OGBench's point maze it is 300, as for cubes.
  4. Rounds begin with fresh episodes, the last ones are cut off, as by a time limit.
 """
 

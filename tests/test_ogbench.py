@@ -138,6 +138,8 @@ def test_fql_clones_two_modes_and_moves_both(fql):
     again = [fql.act(agent, jnp.ones((5, 1)) * x, config) for x in (1.0, 1.0, 2.0)]
     np.testing.assert_array_equal(again[0], again[1])
     assert not np.array_equal(again[0], again[2])
+    pairs = [fql.act(agent, jnp.float32([[1.0], [x]]), config) for x in (2.0, 3.0)]
+    assert pairs[0][0] != pairs[1][0]  # the same state, in another step
 
 
 # --------------------------------------------------------------------------------- OGBench's recipe

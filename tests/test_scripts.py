@@ -41,7 +41,7 @@ FLAGS = [
 
 # ------------------------------------------------------------------------------------ Line budgets
 BUDGETS = {"iql": 600, "bc": 600, "sac": 600, "td3_bc": 600, "sac_finetune": 820,
-           "uni_o4": 950, "pa_rl": 950, "collect": 1100}  # fmt: skip
+           "uni_o4": 950, "pa_rl": 950, "collect": 900}  # fmt: skip
 DIFFS = {  # changed lines, module docstrings left out
     ("algorithms/cql.py", "algorithms/cal_ql.py"): 40,
     ("baselines/td3_bc.py", "algorithms/td3_c.py"): 110,
@@ -53,7 +53,7 @@ DIFFS = {  # changed lines, module docstrings left out
 
 
 UNDER_WAY = pytest.mark.xfail(strict=True, reason="issue 22 is not done: still too long")
-LONG = [pytest.param(name, marks=UNDER_WAY) if re.search("uni_o4|pa_rl", name) else name
+LONG = [pytest.param(name, marks=UNDER_WAY) if re.search("uni_o4|pa_rl|collect", name) else name
         for name in FILES]  # fmt: skip
 
 
