@@ -87,7 +87,7 @@ def make_env(module, source, folder):
 
 
 def evaluate(module, agents, source, config):
-    """Returns (S, E) of an episode in each of S * E environments: training's own evaluation, which
+    """Returns and successes (S, E) of an episode in each of S * E environments: training's own evaluation, which
     gives means over E, with all values kept."""
     import gymnasium as gym
     import numpy as np
@@ -97,14 +97,15 @@ def evaluate(module, agents, source, config):
     same_step = gym.vector.AutoresetMode.SAME_STEP
     make = [partial(module.make_env, source)] * len(seeds)
     envs = gym.vector.SyncVectorEnv(make, autoreset_mode=same_step)
-    (observations, _), returns = envs.reset(seed=seeds), np.full(len(seeds), np.nan)
+    (observations, _), (returns, reached) = envs.reset(seed=seeds), np.full((2, len(seeds)), np.nan)
     while np.isnan(returns).any():
         actions = np.asarray(module.act_all(agents, observations.reshape(*shape, -1), config))
         observations, _, terminated, truncated, info = envs.step(actions.reshape(len(seeds), -1))
         for i in np.flatnonzero((terminated | truncated) & np.isnan(returns)):
             returns[i] = info["final_info"]["episode"]["r"][i]
+            reached[i] = terminated[i] or returns[i] > 0
     envs.close()
-    return returns.reshape(shape)
+    return returns.reshape(shape), reached.reshape(shape)
 
 
 def film(module, agents, source, config, path):
@@ -163,8 +164,10 @@ def main():
     config = config_of(module, said, arguments.run, arguments.episodes)
     agents = restore_agents(module, config, said, arguments.run)
     low, high = said["reference"]
-    for i, returns in enumerate(evaluate(module, agents, said, config)):
-        score = "" if high is None else f"  score {100 * (returns.mean() - low) / (high - low):.1f}"
+    found = zip(*evaluate(module, agents, said, config), strict=True)
+    for i, (returns, reached) in enumerate(found):
+        measure = reached if (low, high) == (0, 1) else returns  # as in the scripts: of success
+        score = "" if high is None else f"  score {100 * (measure.mean() - low) / (high - low):.1f}"
         each = " ".join(f"{value:.1f}" for value in returns)
         print(f"seed {config.seed + i}: return {returns.mean():.6g}{score}  ({each})", flush=True)
     if arguments.video:
