@@ -87,8 +87,8 @@ def make_env(module, source, folder):
 
 
 def evaluate(module, agents, source, config):
-    """Returns and successes (S, E) of an episode in each of S * E environments: training's own evaluation, which
-    gives means over E, with all values kept."""
+    """Returns and successes (S, E) of an episode in each of S * E environments: training's own
+    evaluation, which gives means over E, with all values kept."""
     import gymnasium as gym
     import numpy as np
 
