@@ -70,6 +70,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import io
+import itertools
 import json
 import os
 import shutil
@@ -77,7 +78,9 @@ import subprocess
 import sys
 import warnings
 from collections import deque
-from functools import partial
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
 
@@ -146,6 +149,7 @@ class Ogbench:
     type: Literal["", "play", "navigate"] = ""  # play, or in mazes navigate, which is all there is
     steps: int = 1_000_000  # environment steps, and what the last recording still needs
     seed: int = 0  # of starts, goals and noise
+    processes: int = 0  # that play at once, to the same data; default: one per core
     walker: Path = Path("runs/ogbench-walker")  # antmaze: run of sac.py; trained if not finished
     walker_steps: int = 400_000  # environment steps that the walker has been trained for
     id: str = ""  # Minari id to write; default: ogbench/<world>-<type>-task<task>-v0
@@ -816,7 +820,7 @@ def oracles_of(env, world):
     return found
 
 
-def manipulate(env, world, rng, seed):
+def manipulate(env, world, rng, seed, walk):
     """One recording of the oracles: yields (observation, action, info after it)."""
     observation, info = env.reset(seed=seed)
     stack, oracles = rng.uniform(*P_STACK.get(world, (0.5, 0.5))), oracles_of(env, world)
@@ -848,7 +852,7 @@ def navigate(env, world, rng, seed, walk):
         position = maze.get_xy()
         way = maze.get_oracle_subgoal(position, maze.cur_goal_xy)[0] - position
         direction = way / (np.linalg.norm(way) + 1e-6)
-        action = np.clip(walk(maze, direction), -1, 1)
+        action = np.clip(walk(maze, direction, rng), -1, 1)
         following, _, _, truncated, info = env.step(action)
         yield observation, action, following, info
         if info["success"]:
@@ -856,81 +860,94 @@ def navigate(env, world, rng, seed, walk):
         observation = following
 
 
-def walker(request, world, rng):
-    """`walk(maze, direction)`: a point's step, or the ant's, by the policy of sac.py's run."""
-    if "point" in world:
-        return lambda maze, direction: direction + rng.normal(0, 0.5, 2)
-    settings = [
-        "--warmup-steps",
-        "10000",
-        "--learning-rate",
-        "1e-4",
-        "--entropy-per-action",
-        "-0.5",
-    ]
-    settings += [
-        "--online-steps",
-        str(request.walker_steps),
-        "--env-id",
-        "collect:online-ant-xy-v0",
-    ]
-    command = [sys.executable, str(HERE / "sac.py"), *settings, "--run-dir", str(request.walker)]
-    if subprocess.run(command).returncode:  # goes on, or does nothing where it is finished
+def train_walker(request):
+    """sac.py's run that walks: goes on where it stopped, does nothing where it is finished."""
+    settings = f"--warmup-steps 10000 --learning-rate 1e-4 --online-steps {request.walker_steps}"
+    settings += " --entropy-per-action -0.5 --env-id collect:online-ant-xy-v0 --run-dir"
+    command = [sys.executable, str(HERE / "sac.py"), *settings.split(), str(request.walker)]
+    if subprocess.run(command).returncode:
         fail(f"the walker's run, {request.walker}, did not come to its end")
+
+
+def walker(request):
+    """`walk(maze, direction, rng)`: a point's step, or the ant's, by the policy of sac.py's run."""
+    if "point" in request.world:
+        return lambda maze, direction, rng: direction + rng.normal(0, 0.5, 2)
     script, said, arrays, _ = load_run(request.walker)
     policy = run_policy(script, said, arrays, Rollout(request.walker, ""), run_environment(said))
 
-    def walk(maze, direction):
+    def walk(maze, direction, rng):
         observation = np.concatenate([maze.get_ob(ob_type="states")[2:], direction])
         return policy(observation, 0) + rng.normal(0, 0.2, 8)
 
     return walk
 
 
+@cache  # once in every process
+def ogbench_world(request):
+    """(environment that is played in, environment of the task, walk)."""
+    importlib.import_module("ogbench")  # registers its environments
+    task = make_environment(gym.make, f"{request.world}-singletask-task{request.task}-v0")
+    options = {"terminate_at_goal": False, "max_episode_steps": 1001}
+    options |= {} if "maze" in request.world else {"mode": "data_collection"}
+    walk = walker(request) if "maze" in request.world else None
+    return make_environment(gym.make, f"{request.world}-v0", **options), task, walk
+
+
+def recording(request, number):
+    """One recording with the rewards of one task, as Minari's episode; None is played in vain."""
+    env, task, walk = ogbench_world(request)
+    seed = episode_seed(request.seed, number)
+    np.random.seed(seed)  # the oracles draw from NumPy's global generator
+    record = navigate if "maze" in request.world else manipulate
+    played = record(env, request.world, np.random.default_rng(seed), seed, walk)
+    observations, actions, following, infos = map(list, zip(*played, strict=True))
+    qpos = np.stack([info["prev_qpos"] for info in infos])  # (T, P), of the states before
+    if request.world == "scene":  # its cube fell off the table, or into the drawer's side
+        y, z = qpos[:, 15], qpos[:, 16]
+        if (y >= 0.29).any() or ((y <= -0.3) & ((z < 0.06) | (z > 0.08))).any():
+            return None
+    rows = {"qpos": qpos}
+    if "prev_button_states" in infos[0]:
+        rows["button_states"] = np.stack([info["prev_button_states"] for info in infos])
+    name = f"{request.world}-singletask-task{request.task}-v0"
+    importlib.import_module("ogbench.relabel_utils").relabel_dataset(name, task, rows)
+    states = np.float32([*observations, following[-1]])  # (T + 1, O)
+    # Scripts end an episode at every termination
+    return episode_buffer(states, np.float32(actions), rows["rewards"], rows["masks"] == 0)
+
+
 def ogbench(request):
     """The dataset of OGBench's oracles in one of its worlds, with the rewards of one task."""
-    try:
-        relabel = importlib.import_module("ogbench.relabel_utils").relabel_dataset
-    except ImportError as error:
-        fail(f"{error}; pip install ogbench==1.2.2")
-    world, in_maze = request.world, "maze" in request.world
-    task, kind = request.task or TASKS.get(world, 2), "navigate" if in_maze else "play"
+    if importlib.util.find_spec("ogbench") is None:
+        fail("No module named 'ogbench'; pip install ogbench==1.2.2")
+    world, kind = request.world, "navigate" if "maze" in request.world else "play"
+    task = request.task or TASKS.get(world, 2)
     if task not in range(1, 6) or request.type not in ("", kind):
         fail(f"{world}: --task {task} --type {request.type}: a task of 1 ... 5, of type {kind}")
-    default = f"ogbench/{world}-{kind}-task{task}-v0"
-    request = dataclasses.replace(request, id=request.id or default)
+    name = request.id or f"ogbench/{world}-{kind}-task{task}-v0"
+    request = dataclasses.replace(request, id=name, task=task)
     check_ranges(request)
     check_new_id(request)
-    name = f"{world}-singletask-task{task}-v0"
-    options = {"terminate_at_goal": False, "max_episode_steps": 1001}
-    options |= {} if in_maze else {"mode": "data_collection"}
-    env, goal = gym.make(f"{world}-v0", **options), make_environment(gym.make, name)
-    rng = np.random.default_rng(request.seed)
-    np.random.seed(request.seed)  # the oracles draw from NumPy's global generator
-    more = {"walk": walker(request, world, rng)} if in_maze else {}
-    episodes, count, number = [], 0, 0
-    bar = tqdm(total=request.steps, disable=None)
-    while count < request.steps:
-        record = navigate if in_maze else manipulate
-        played = record(env, world, rng, episode_seed(request.seed, number), **more)
-        observations, actions, following, infos = map(list, zip(*played, strict=True))
-        number += 1
-        qpos = np.stack([info["prev_qpos"] for info in infos])  # (T, P), of the states before
-        if world == "scene":  # its cube fell off the table, or into the drawer's side
-            y, z = qpos[:, 15], qpos[:, 16]
-            if (y >= 0.29).any() or ((y <= -0.3) & ((z < 0.06) | (z > 0.08))).any():
-                continue
-        rows = {"qpos": qpos}
-        if "prev_button_states" in infos[0]:
-            rows["button_states"] = np.stack([info["prev_button_states"] for info in infos])
-        relabel(name, goal, rows)
-        states = np.float32([*observations, following[-1]])  # (T + 1, O)
-        values = np.float32(actions), rows["rewards"], rows["masks"] == 0
-        episodes.append(episode_buffer(states, *values))  # scripts end it at every termination
-        count += len(actions)
-        bar.update(len(actions))
-    bar.close()
+    if "ant" in world:
+        train_walker(request)
+    episodes, count, processes = [], 0, request.processes or os.cpu_count()
+    with (
+        ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool,
+        tqdm(total=request.steps, unit=" steps", disable=None) as bar,
+    ):
+        play_all = pool.map if processes > 1 else map
+        for first in itertools.count(0, processes):  # in turns: the same data whatever their number
+            numbers = range(first, first + processes)
+            for episode in play_all(partial(recording, request), numbers):
+                if episode is not None and count < request.steps:
+                    episodes.append(episode)
+                    count += len(episode.rewards)
+                    bar.update(len(episode.rewards))
+            if count >= request.steps:
+                break
     what = f"regenerated by OGBench's recipe: {world}, {kind}, task {task}"
+    goal = ogbench_world(request)[1]
     write_dataset(request, episodes, goal, goal, "OGBench's oracles", what, (0.0, 1.0))
 
 

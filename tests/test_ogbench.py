@@ -1,6 +1,8 @@
 """OGBench's recipe; ReBRAC and FQL: losses by hand, next actions, a flow that clones two modes, and
 a one-step policy where it is known to stand."""
 
+import subprocess
+import sys
 from functools import partial
 
 import gymnasium as gym
@@ -10,7 +12,7 @@ import minari
 import mujoco
 import numpy as np
 import pytest
-from conftest import load_script
+from conftest import ROOT, load_script
 from test_learning import trained
 from test_losses import B, batch_of, compiled, fresh
 
@@ -154,31 +156,39 @@ def test_ogbench_regenerated(world, collect, iql, tmp_path, monkeypatch):
     is a termination, the next segment goes on; and the same command makes the same bytes."""
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     pytest.importorskip("ogbench")
-    collect.main(["ogbench", world, "--steps", "1001", "--seed", "6"])
+    flags = ["ogbench", world, "--steps", "2000", "--seed", "6"]
+    collect.main([*flags, "--processes", "1"])
     kind = "navigate" if "maze" in world else "play"
     name = f"ogbench/{world}-{kind}-task{collect.TASKS.get(world, 2)}-v0"
     file = tmp_path / name / "data" / "main_data.hdf5"
     first = file.read_bytes()
     dataset = minari.load_dataset(name)
     env = dataset.recover_environment(eval_env=True)
-    assert "singletask" in env.spec.id and dataset.total_steps == 1001
-    (episode,) = dataset.iterate_episodes()
+    assert "singletask" in env.spec.id and dataset.total_steps == 2002
+    episode, other = dataset.iterate_episodes()
     config, data, env = iql.parse_config(["--dataset", name])
     assert config.preset == "ogbench"
     rows, source = iql.load_dataset(config, data, env)
     assert source["reference"] == [0.0, 1.0] and np.abs(rows.actions).max() <= 1
-    np.testing.assert_array_equal(rows.masks, 1 - episode.terminations)
-    np.testing.assert_array_equal(rows.ends[:-1], episode.terminations[:-1])
-    assert rows.ends[-1] == 1 and len(rows.ends) == 1001
+    ended = np.concatenate([episode.terminations, other.terminations])
+    np.testing.assert_array_equal(rows.masks, 1 - ended)
+    ended[[1000, 2001]] = True
+    np.testing.assert_array_equal(rows.ends, ended)
+    assert not np.array_equal(episode.observations[0], other.observations[0])
     assert not np.array_equal(episode.observations[-1], episode.observations[-2])
     if world == "pointmaze-medium":
         env.reset(seed=0)
         goal, tolerance = env.unwrapped.cur_goal_xy, env.unwrapped._goal_tol
-        near = np.linalg.norm(episode.observations[:-1] - goal, axis=1) <= tolerance
-        np.testing.assert_array_equal(episode.rewards, near - 1.0)
-        np.testing.assert_array_equal(episode.terminations, near)
+        places = np.concatenate([episode.observations[:-1], other.observations[:-1]])
+        near = np.linalg.norm(places - goal, axis=1) <= tolerance  # in 4 of 2,002 rows
+        np.testing.assert_array_equal(rows.rewards, near - 1.0)
+        np.testing.assert_array_equal(rows.masks, ~near)
         assert near.any()
-    collect.main(["ogbench", world, "--steps", "1001", "--seed", "6", "--force"])
+    if world == "pointmaze-medium":  # started anew, and by two processes
+        command = [sys.executable, ROOT / "baselines/collect.py", *flags, "--processes", "2"]
+        subprocess.run([*command, "--force"], check=True)
+    else:
+        collect.main([*flags, "--processes", "1", "--force"])
     assert file.read_bytes() == first
 
 
@@ -190,7 +200,7 @@ def test_rewards_are_the_environments_own(collect):
     options = {"terminate_at_goal": False, "mode": "data_collection", "max_episode_steps": 300}
     world, env = gym.make("cube-single-v0", **options), gym.make(name)
     np.random.seed(0)
-    played = [*collect.manipulate(world, "cube-single", np.random.default_rng(0), 0)]
+    played = [*collect.manipulate(world, "cube-single", np.random.default_rng(0), 0, None)]
     rows = {"qpos": np.stack([info["prev_qpos"] for *_, info in played])}
     relabel(name, env, rows)
     inner, expected = env.unwrapped, []
