@@ -18,8 +18,8 @@ Deviations from the authors' code (github.com/nakamotoo/Cal-QL):
  2. Online, after 1,000 steps of the frozen policy, every step has one update, not every episode as
     many as its steps; the return of an episode in play is unknown and bounds nothing. Rounds begin
     with fresh episodes; the last are cut off as by a time limit, and so are their returns.
- 3. Locomotion and D4RL's dense Adroit have CORL's settings of CQL (but CORL ends the calibration at
-    the switch); Kitchen goes on after its fourth subtask, raw rewards; PointMaze, OGBench are ours.
+ 3. Locomotion and dense Adroit have CORL's settings of CQL (there calibration ends at the switch),
+    OGBench FQL's authors'; Kitchen goes on after its fourth subtask, raw rewards. PointMaze: ours.
  4. Minari's antmaze goes on at the goal: values tend to 500 where the authors' end at 5, returns by
     the rule "infinite", too; the bound is slack. `collect.py goals` ends episodes there.
 """
@@ -109,10 +109,11 @@ MUJOCO_CQL = dict(cql_alpha=10.0, policy_learning_rate=3e-5, normalize_observati
 MAZE = dict(lagrange=True, backup_actions=10, critic_hidden_dims=(256,) * 4, return_rule="infinite")
 MAZE |= dict(reward_scale=10.0, reward_shift=-5.0, eval_episodes=100, interval=50_000)
 WIDE = dict(hidden_dims=(512,) * 3, critic_hidden_dims=(512,) * 3, return_rule="infinite")
+OGBENCH = MAZE | dict(lagrange=False, cql_alpha=0.01, reward_shift=0.0, hidden_dims=(256,) * 4)
 KITCHEN = WIDE | dict(importance_sampling=False, backup_actions=10, offline_ratio=0.25)
 PRESETS = {  # auto: the first whose name is in the dataset's or the environment's, else mujoco
     "sac-medium-replay": MUJOCO_CQL | dict(offline_steps=10**4, online_steps=10**4, interval=2000),
-    "ogbench": WIDE | dict(layer_norm=True, backup_actions=10, eval_episodes=50, interval=50_000),
+    "ogbench": OGBENCH | dict(eval_episodes=50),
     "maze": MAZE,  # antmaze, pointmaze
     "kitchen": KITCHEN | dict(offline_steps=500_000, online_steps=1_500_000),
     "adroit": THREE_LAYERS | dict(cql_alpha=1.0, backup_actions=10, difference_range=(-200.0, 1e9)),
@@ -151,8 +152,7 @@ class MLP(nn.Module):
         for width in self.hidden_dims:
             x = nn.Dense(width, kernel_init=orthogonal)(x)  # (..., width)
             x = self.activation(nn.LayerNorm()(x) if self.layer_norm else x)
-            if self.dropout_rate > 0:
-                x = nn.Dropout(self.dropout_rate, deterministic=not training)(x)
+            x = nn.Dropout(self.dropout_rate, deterministic=not training)(x)
         return x
 
 

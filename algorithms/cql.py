@@ -153,8 +153,7 @@ class MLP(nn.Module):
         for width in self.hidden_dims:
             x = nn.Dense(width, kernel_init=orthogonal)(x)  # (..., width)
             x = self.activation(nn.LayerNorm()(x) if self.layer_norm else x)
-            if self.dropout_rate > 0:
-                x = nn.Dropout(self.dropout_rate, deterministic=not training)(x)
+            x = nn.Dropout(self.dropout_rate, deterministic=not training)(x)
         return x
 
 

@@ -175,6 +175,7 @@ class Replay:
     run: Positional[Path]  # folder of a run of one of the scripts
     id: str  # Minari id to write
     steps: int = 0  # only the oldest so many; default: all
+    share: float = 1.0  # only what came before an evaluation with this share of the last return
     force: bool = False  # delete an existing dataset of this id
 
 
@@ -812,11 +813,10 @@ def oracles_of(env, world):
     found = {}
     for target, name in names.items():
         module = importlib.import_module(f"{plan.__name__}.{target}_plan")
-        more = {"gripper_always_closed": True} if "puzzle" in world else {}
-        more = more if target == "button" else {}
-        found[target] = getattr(module, f"{name}PlanOracle")(
-            env=env, noise=0.1, noise_smoothing=0.5, **more
-        )
+        closed = "puzzle" in world and target == "button"
+        oracle = getattr(module, f"{name}PlanOracle")
+        options = {"gripper_always_closed": True} if closed else {}
+        found[target] = oracle(env=env, noise=0.1, noise_smoothing=0.5, **options)
     return found
 
 
@@ -1065,11 +1065,20 @@ def replay(request):
     check_ranges(request)
     check_new_id(request)
     _, said, arrays, log = load_run(request.run)
-    steps = max([row["step"] for row in log if row["phase"] == "online"], default=0)
+    online = [r for r in log if r["phase"] == "online" and r["seed"] == said["seed"]]
+    steps = max([row["step"] for row in online], default=0)
     if steps == 0 or not arrays.get("buffers/ends", np.zeros(1)).any():
         fail(f"{request.run}: no online transitions in its checkpoint")
     env, rows = run_environment(said), replay_rows(said, arrays, steps)
     count = request.steps or len(rows["ends"])
+    if request.share < 1.0:
+        level = request.share * float(online[-1]["return"])
+        reached = min(
+            row["step"] for row in online if row is online[-1] or float(row["return"]) >= level
+        )
+        count = reached - steps + len(rows["ends"])  # the ring has lost the oldest
+        if level <= 0 or count <= 0:
+            fail(f"--share {request.share}: a return of {level}, reached at step {reached}")
     if count > len(rows["ends"]):
         fail(f"--steps {count}: the buffer has {len(rows['ends'])}")
     rows = {name: x[:count] for name, x in rows.items()}

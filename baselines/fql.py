@@ -20,8 +20,8 @@ flow(s, z) is where flow_steps Euler steps of v, 1 / flow_steps each, lead from 
 Deviations from the authors' code (github.com/seohongpark/fql):
  1. Orthogonal initialisation; the critics' hidden layers are ReLU, theirs GELU, as the flows' are.
  2. Evaluation's noise comes from the observations, so that it can be repeated; theirs is fresh.
- 3. Outside OGBench and antmaze Q is divided by mean|Q| and imitation is 1, by their advice for new
-    tasks; on OGBench's point maze it is 300, as for cubes.
+ 3. Elsewhere than OGBench, antmaze and Adroit Q is divided by mean|Q| and imitation is 1, by their
+    advice for new tasks; OGBench's point maze has the cubes' 300, Adroit what they fine-tune with.
  4. Rounds begin with fresh episodes, the last ones are cut off, as by a time limit.
 """
 
@@ -94,12 +94,15 @@ OGBENCH = dict(
     hidden_dims=(512,) * 4, normalize_q=False, imitation=300.0, eval_episodes=50, interval=50_000
 )
 ANTMAZE = OGBENCH | dict(imitation=10.0)
+ADROIT = OGBENCH | dict(imitation=1000.0, target_minimum=True, eval_episodes=10)
 PRESETS = {  # auto: the first whose name is in the dataset's or the environment's, else mujoco
     "sac-medium-replay": dict(offline_steps=50_000, online_steps=20_000, interval=5_000),
     "ogbench/antmaze-large": ANTMAZE | dict(target_minimum=True),
     "ogbench/antmaze": ANTMAZE,
     "ogbench/puzzle": OGBENCH | dict(imitation=1000.0),
     "ogbench": OGBENCH,
+    "relocate": ADROIT | dict(imitation=10_000.0),
+    "adroit": ADROIT,
     "antmaze": ANTMAZE | dict(reward_shift=-1.0),
     "pointmaze": ANTMAZE | dict(reward_shift=-1.0),
     "mujoco": dict(),
@@ -134,8 +137,7 @@ class MLP(nn.Module):
         for width in self.hidden_dims:
             x = nn.Dense(width, kernel_init=orthogonal)(x)  # (..., width)
             x = self.activation(nn.LayerNorm()(x) if self.layer_norm else x)
-            if self.dropout_rate > 0:
-                x = nn.Dropout(self.dropout_rate, deterministic=not training)(x)
+            x = nn.Dropout(self.dropout_rate, deterministic=not training)(x)
         return x
 
 

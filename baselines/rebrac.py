@@ -21,7 +21,7 @@ Deviations from the authors' code (github.com/tinkoff-ai/ReBRAC; FQL's authors' 
     The newest transition's next action is its own until the next step.
  2. Orthogonal initialisation; ReLU, on OGBench too (there GELU); cut episodes keep their last rows,
     with their own action as the next one; rounds begin with fresh episodes.
- 3. Mazes, Adroit's one preset, OGBench's coefficients (0.01, 0.01) and the short run are ours.
+ 3. Mazes (OGBench's point maze, too), Adroit's one preset and the short run are ours.
 """
 
 # /// script
@@ -95,13 +95,19 @@ class Config:
 
 
 SLOW = dict(batch_size=256, learning_rate=3e-4, policy_learning_rate=3e-4)
-OGBENCH = SLOW | dict(hidden_dims=(512,) * 4, online_steps=1_000_000, eval_episodes=50)
+OGBENCH = SLOW | dict(hidden_dims=(512,) * 4, online_steps=1_000_000)
+OGBENCH |= dict(eval_episodes=50, interval=50_000)
 MAZE = SLOW | dict(learning_rate=5e-5, discount=0.999, actor_imitation=1e-3, critic_imitation=0.0)
 PRESETS = {  # auto: the first whose name is in the dataset's or the environment's, else mujoco
     "sac-medium-replay": SLOW | dict(  # hopper's medium-replay, in a few minutes
         actor_imitation=0.05, critic_imitation=0.5, hidden_dims=(256, 256),
         offline_steps=50_000, online_steps=20_000, interval=5_000),
-    "ogbench": OGBENCH | dict(interval=50_000),
+    "ogbench/antmaze": OGBENCH | dict(actor_imitation=0.003),
+    "ogbench/cube-single": OGBENCH | dict(actor_imitation=1.0, critic_imitation=0.0),
+    "ogbench/cube-double": OGBENCH | dict(actor_imitation=0.1, critic_imitation=0.0),
+    "ogbench/scene": OGBENCH | dict(actor_imitation=0.1),
+    "ogbench/puzzle": OGBENCH | dict(actor_imitation=0.3),
+    "ogbench": OGBENCH,
     "maze": MAZE | dict(reward_scale=100.0, eval_episodes=100, interval=50_000),
     "adroit": SLOW | dict(actor_imitation=0.1, critic_imitation=0.01),
     "halfcheetah/medium-v": dict(actor_imitation=0.001, critic_imitation=0.01),
@@ -141,8 +147,7 @@ class MLP(nn.Module):
         for width in self.hidden_dims:
             x = nn.Dense(width, kernel_init=orthogonal)(x)  # (..., width)
             x = self.activation(nn.LayerNorm()(x) if self.layer_norm else x)
-            if self.dropout_rate > 0:
-                x = nn.Dropout(self.dropout_rate, deterministic=not training)(x)
+            x = nn.Dropout(self.dropout_rate, deterministic=not training)(x)
         return x
 
 

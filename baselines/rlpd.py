@@ -92,6 +92,7 @@ class Config:
     utd_ratio: int = 20  # minibatches for the critic per environment step
     num_critics: int = 10  # Q-functions
     target_critics: int = 2  # of them, drawn anew in every update: their minimum is the target
+    target_minimum: bool = True  # no: their mean
     entropy_backup: bool = True  # the entropy is part of the target
     entropy_per_action: float = -0.5  # target entropy (nats) per action dimension
 
@@ -101,7 +102,7 @@ MAZE = DEEP | dict(target_critics=1, reward_shift=-1.0, online_steps=300_000)
 MAZE |= dict(eval_episodes=100, interval=20_000)
 SHORT = dict(online_steps=20_000, warmup_steps=1_000, interval=2_000, utd_ratio=4)
 OGBENCH = dict(hidden_dims=(512,) * 4, entropy_backup=False, num_critics=2, utd_ratio=1)
-OGBENCH |= dict(online_steps=1_000_000, eval_episodes=50, interval=50_000)
+OGBENCH |= dict(target_minimum=False, online_steps=1_000_000, eval_episodes=50, interval=50_000)
 PRESETS = {  # auto: the first whose name is in the dataset's or the environment's, else mujoco
     "sac-medium-replay": SHORT,
     "ogbench": OGBENCH,
@@ -141,8 +142,7 @@ class MLP(nn.Module):
         for width in self.hidden_dims:
             x = nn.Dense(width, kernel_init=orthogonal)(x)  # (..., width)
             x = self.activation(nn.LayerNorm()(x) if self.layer_norm else x)
-            if self.dropout_rate > 0:
-                x = nn.Dropout(self.dropout_rate, deterministic=not training)(x)
+            x = nn.Dropout(self.dropout_rate, deterministic=not training)(x)
         return x
 
 
@@ -234,7 +234,8 @@ def critic_loss(params, agent, batch, key, config):
         agent.target_critic_params, batch.next_observations, next_actions
     )  # (N, B)
     members = jax.random.choice(subset_key, len(next_q), (config.target_critics,), replace=False)
-    next_v = next_q[members].min(axis=0)  # (B,)
+    aggregate = jnp.min if config.target_minimum else jnp.mean
+    next_v = aggregate(next_q[members], axis=0)  # (B,)
     if config.entropy_backup:
         temperature = agent.temperature.apply_fn(agent.temperature.params)  # ()
         next_v = next_v - temperature * next_log_prob  # (B,)

@@ -6,6 +6,7 @@
     python results/sweep.py --list                           # the trials, numbered
     python results/sweep.py --trial 3                        # one of them, without Ray: SLURM array
 
+A dataset that is not on this machine is made first, by the commands beside its name in the matrix.
 A trial is one process of one script in its own run folder. One that dies (kill -9, a lost node, out
 of memory) is started again with the same command and goes on from its last round; a finished one is
 never run again. Ctrl-C loses less than a round of each: the same command goes on. When a run has
@@ -50,6 +51,7 @@ class Trial:
     script: str
     arguments: tuple[str, ...]
     after: str = ""
+    make: tuple[str, ...] = ()  # commands that make its dataset
 
     def command(self, after):
         """The words after `python`."""
@@ -76,8 +78,12 @@ def read_matrix(path, profile):
         for dataset in entry["datasets"]:
             if dataset not in matrix["datasets"]:
                 sys.exit(f"{path}: {entry['script']}: no [datasets] {dataset}")
-            words = f"{matrix['datasets'][dataset]} {entry.get('both', '')} {entry[profile]}"
-            trials += trials_of(entry, dataset, shlex.split(words), profile)
+            said = matrix["datasets"][dataset]  # arguments, or with the commands that make it
+            said = {"arguments": said} if isinstance(said, str) else said
+            words = f"{said['arguments']} {entry.get('both', '')} {entry[profile]}"
+            for first, trial in trials_of(entry, dataset, shlex.split(words), profile):
+                trial = dataclasses.replace(trial, make=tuple(said.get("make", ())))
+                trials.append((first, trial))
     trials = [trial for _, trial in sorted(trials, key=lambda pair: pair[0])]
     names = [trial.name for trial in trials]
     for i, trial in enumerate(trials):
@@ -322,6 +328,20 @@ def agents_hash(path):
 # ---------------------------------------------------------------------------------------- All runs
 
 
+def make_datasets(trials):
+    """Make the datasets that are not on this machine, by the commands in the matrix."""
+    for make in dict.fromkeys(trial.make for trial in trials if trial.make):
+        arguments = next(trial.arguments for trial in trials if trial.make == make)
+        dataset = arguments[arguments.index("--dataset") + 1]
+        for command in make if dataset_rows(dataset) is None else ():
+            print(f"{dataset} is not here: {command}", flush=True)
+            path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # this Python's commands
+            if subprocess.run(
+                shlex.split(command), cwd=ROOT, env=os.environ | {"PATH": path}
+            ).returncode:
+                sys.exit(f"{dataset}: could not be made by {command}")
+
+
 def outcome(trial, runs):
     """ "finished" or None. Exits where the folder's finished run was made by other arguments."""
     record = read_json(runs / trial.name / "record.json")
@@ -458,10 +478,12 @@ def main():
             print(i, trial.name, outcome(trial, runs) or "", command, sep="\t")
         return 0
     if arguments.trial is None:
+        make_datasets(trials)
         outcomes = run_all(trials, arguments, runs)
         return int(any(outcomes.get(trial.name) != "finished" for trial in trials))
     if not 0 <= arguments.trial < len(trials):
         sys.exit(f"--trial {arguments.trial}: there are {len(trials)}, from 0; see --list")
+    make_datasets([trials[arguments.trial]])
     return int(run_one(trials[arguments.trial], arguments, runs) != "finished")
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RULE = "# ==== The same bytes in every script from here"
 MAY_DIFFER = {
-    "Config", "PRESETS", "MAZE", "KITCHEN", "OGBENCH", "WIDE", "INIT_FROM", "METRICS",
+    "Config", "PRESETS", "MAZE", "KITCHEN", "OGBENCH", "ADROIT", "WIDE", "INIT_FROM", "METRICS",
     "Agent", "create_agent",
     "critic_loss", "actor_loss", "value_loss", "temperature_loss", "conservative_difference",
     "update", "online_update", "phases", "online_batch", "explore", "act", "main",

@@ -698,6 +698,11 @@ def test_replay_with_terminations(collect, runs, local):
         assert_played(env, episode, start)
         start, _ = env.reset()
     assert sum(len(e.rewards) for e in episodes) == 60 and len(episodes) > 2
+    log = collect.load_run(runs / "sac")[3]
+    returns = [float(row["return"]) for row in log]
+    step = next(r["step"] for r, x in zip(log, returns, strict=True) if x >= 0.9 * returns[-1])
+    collect.main(["replay", str(runs / "sac"), "--id", "my/part-v0", "--share", "0.9"])
+    assert minari.load_dataset("my/part-v0").total_steps == step
     assert all(e.terminations[-1] for e in episodes[:-1])
 
 
@@ -710,6 +715,7 @@ def test_run_refusals(runs, refused, tmp_path):
         assert_words(refused("rollout", ".", *new), "no config.json of a run of one of these")
     folder = shutil.copytree(runs / "iql", tmp_path / "run")
     assert_words(refused("replay", folder, *new, "--steps", 151), "--steps 151: the buffer has 150")
+    assert_words(refused("replay", folder, *new, "--share", 0.5), "--share 0.5: reached at step")
     assert_words(refused("rollout", folder, *new, "--steps", 0), "--steps 0: must be in")
     content = (folder / "checkpoint.npz").read_bytes()
     (folder / "checkpoint.npz").write_bytes(content[: len(content) // 2])

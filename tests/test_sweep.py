@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -181,6 +182,37 @@ def test_a_wrong_matrix_is_refused(old, new, word, matrix):
     with pytest.raises(SystemExit) as error:
         load_script("results/sweep.py").read_matrix(matrix, "cpu")
     assert word in str(error.value)
+
+
+def test_datasets_that_are_not_here_are_made_by_their_commands(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    module, made = load_script("results/sweep.py"), tmp_path / "my/data-v0/data/metadata.json"
+    made.parent.mkdir(parents=True)
+    script = tmp_path / "make.py"
+    script.write_text(f"open('{made}', 'w').write('{{\"total_steps\": 5}}')\nprint('ma' + 'de')")
+    trial = module.Trial("iql/my/seed0", "iql.py", ("--dataset", "my/data-v0"), make=("false",))
+    with pytest.raises(SystemExit, match="my/data-v0: could not be made by false"):
+        module.make_datasets([trial])
+    made_by = module.dataclasses.replace(trial, make=(f"python {script}",))
+    module.make_datasets([made_by, made_by, module.Trial("iql/default/seed0", "iql.py", ())])
+    module.make_datasets([made_by, trial])
+    assert made.exists() and capfd.readouterr().out.count("\nmade\n") == 1
+
+
+def test_every_dataset_of_the_matrix_is_made_under_its_name():
+    """The last word of the last command is what the script is told, or it is collect.py's own."""
+    collect = load_script("baselines/collect.py")
+    matrix = tomllib.loads((ROOT / "results/matrix.toml").read_text())
+    for said in filter(lambda x: isinstance(x, dict), matrix["datasets"].values()):
+        words = said["make"][-1].split()
+        made = words[-1] if words[-1].endswith("-v0") or "D4RL" in words[-1] else ""
+        if "pointmaze" in words:
+            made = f"pointmaze/{words[-1]}-v0"
+        if "ogbench" in words:
+            world = words[words.index("ogbench") + 1]
+            kind = "navigate" if "maze" in world else "play"
+            made = f"ogbench/{world}-{kind}-task{collect.TASKS.get(world, 2)}-v0"
+        assert said["arguments"] == f"--dataset {made}"
 
 
 @pytest.mark.parametrize("profile", ["cpu", "gpu"])
