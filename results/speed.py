@@ -26,6 +26,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+WIDE = "--hidden-dims 512 512 512 512"
+ROWS = "ogbench/cube-single-play-task2-v0"  # made by collect.py ogbench cube-single
 ROUNDS = 6  # of a run; the first one is not counted
 CASES = {  # name: (script, phase, steps of a round, flags)
     "iql offline": ("algorithms/iql.py", "offline", 500, "--online-steps 0"),
@@ -33,7 +35,10 @@ CASES = {  # name: (script, phase, steps of a round, flags)
     "sac online": ("baselines/sac.py", "online", 500, "--warmup-steps 100"),
     "cql offline": ("algorithms/cql.py", "offline", 100, "--online-steps 0"),
     "td3_bc offline": ("baselines/td3_bc.py", "offline", 500, "--online-steps 0"),
+    "iql 4x512 offline": ("algorithms/iql.py", "offline", 50, f"--online-steps 0 {WIDE}"),
+    "fql offline": ("baselines/fql.py", "offline", 200, "--online-steps 0 --hidden-dims 256 256"),
     "iql start": ("algorithms/iql.py", "start", 1, "--online-steps 0"),
+    "iql 1M rows start": ("algorithms/iql.py", "start", 1, f"--online-steps 0 --dataset {ROWS}"),
 }
 
 
