@@ -24,6 +24,14 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 TINY = ["--num-seeds", "2", "--eval-episodes", "2", "--batch-size", "16"]
 
 
+def pytest_collection_modifyitems(items):
+    """A worker takes a file's tests, or of those of every script one script's: they share runs."""
+    for item in items:
+        script = getattr(item, "callspec", None) and item.callspec.params.get("name")
+        name = script if item.path.stem == "test_scripts" and script else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(str(name)))
+
+
 @pytest.fixture(autouse=True, scope="module")
 def few_memory_maps():
     """XLA keeps every compiled program in mappings of its own: at the kernel's limit, 65,530, it
