@@ -459,7 +459,7 @@ class Batch:
 
 def rescale(x, multiplier, offset):
     """The environment's units -> the agent's, for data and steps alike."""
-    return (np.asarray(x) * multiplier + offset).astype(np.float32)
+    return (np.asarray(x) * multiplier + offset).astype(np.float32, copy=False)
 
 
 def make_env(source):
@@ -488,7 +488,7 @@ def load_dataset(config, data, env):
         step = observations[:-1], episode.actions, episode.rewards, observations[1:]
         parts.append(Batch(*step, 1.0 - episode.terminations, 1.0 * ends))
     if data:
-        rows = jax.tree.map(lambda *xs: np.concatenate(xs, dtype=np.float32), *parts)
+        rows, parts = jax.tree.map(lambda *xs: np.concatenate(xs, dtype=np.float32), *parts), []
         file = data.storage.data_path / "main_data.hdf5"
         metadata, digest = data.storage.metadata, hashlib.sha256(file.read_bytes()).hexdigest()
         if np.abs(rows.actions).max() <= 1 + 1e-3 and (high >= 1).all():
