@@ -87,25 +87,28 @@ def make_env(module, source, folder):
 
 
 def evaluate(module, agents, source, config):
-    """Returns and successes (S, E) of an episode in each of S * E environments: training's own
-    evaluation, which gives means over E, with all values kept."""
+    """Returns and successes (S, E) of the episodes of training's own evaluation, ten at a time."""
     import gymnasium as gym
     import numpy as np
 
-    shape = config.num_seeds, config.eval_episodes
-    seeds = [10_000 * (config.seed + i) + episode for i, episode in np.ndindex(*shape)]
+    shape, found = (config.num_seeds, min(10, config.eval_episodes)), []
     same_step = gym.vector.AutoresetMode.SAME_STEP
-    make = [partial(module.make_env, source)] * len(seeds)
+    make = [partial(module.make_env, source)] * shape[0] * shape[1]
     envs = gym.vector.SyncVectorEnv(make, autoreset_mode=same_step)
-    (observations, _), (returns, reached) = envs.reset(seed=seeds), np.full((2, len(seeds)), np.nan)
-    while np.isnan(returns).any():
-        actions = np.asarray(module.act_all(agents, observations.reshape(*shape, -1), config))
-        observations, _, terminated, truncated, info = envs.step(actions.reshape(len(seeds), -1))
-        for i in np.flatnonzero((terminated | truncated) & np.isnan(returns)):
-            returns[i] = info["final_info"]["episode"]["r"][i]
-            reached[i] = terminated[i] or returns[i] > 0
+    for first in range(0, config.eval_episodes, shape[1]):
+        seeds = [10_000 * (config.seed + i) + first + j for i, j in np.ndindex(*shape)]
+        observations, _ = envs.reset(seed=seeds)
+        returns, reached = np.full((2, len(seeds)), np.nan)
+        while np.isnan(returns).any():
+            actions = module.act_all(agents, observations.reshape(*shape, -1), config)
+            actions = np.asarray(actions).reshape(len(seeds), -1)
+            observations, _, terminated, truncated, info = envs.step(actions)
+            for i in np.flatnonzero((terminated | truncated) & np.isnan(returns)):
+                returns[i] = info["final_info"]["episode"]["r"][i]
+                reached[i] = terminated[i] or returns[i] > 0
+        found.append(np.reshape([returns, reached], (2, *shape)))
     envs.close()
-    return returns.reshape(shape), reached.reshape(shape)
+    return np.concatenate(found, axis=2)[..., : config.eval_episodes]  # (2, S, E)
 
 
 def film(module, agents, source, config, path):

@@ -10,6 +10,7 @@ import shutil
 import sys
 from types import SimpleNamespace
 
+import gymnasium as gym
 import jax
 import numpy as np
 import pytest
@@ -59,6 +60,27 @@ def test_a_row_per_round_and_what_it_says(unbroken):
     assert all(row["critic_loss"] and row["return"] and not row["score"] for row in unbroken.rows)
     config = json.loads((unbroken.folder / "config.json").read_text())
     assert config["units"]["actions"] == [2.0] and config["reference"][1] is None
+
+
+def test_more_than_ten_episodes_are_evaluated_in_tens(iql, flags, tmp_path, monkeypatch):
+    """Twenty starts, always the same, in ten environments; what is logged is the mean of all."""
+    asked, reset = [], gym.vector.SyncVectorEnv.reset
+
+    def seen(envs, seed=None, **keywords):
+        asked.append(seed)
+        return reset(envs, seed=seed, **keywords)
+
+    def score(agents, envs, source, config, first):
+        original(agents, envs, source, config, first)
+        return {"return": np.array([1.0 + first]), "score": np.array([np.nan])}
+
+    original = iql.evaluate
+    monkeypatch.setattr(iql, "evaluate", score)
+    monkeypatch.setattr(gym.vector.SyncVectorEnv, "reset", seen)
+    more = ["--offline-steps", 20, "--online-steps", 0, "--eval-episodes", 20, "--seed", 3]
+    assert go(iql, [*flags, *more, "--run-dir", tmp_path]) is None
+    assert asked == [[30_000 + i for i in range(10)], [30_010 + i for i in range(10)]]
+    assert [row["return"] for row in read_metrics(tmp_path)] == ["6"]
 
 
 # -------------------------------------------------------------------------------------------- Kills
