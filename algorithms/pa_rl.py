@@ -1,19 +1,16 @@
 """Policy-agnostic RL (PA-RL): one actor-critic method for any class of policy.
 
 Most offline-to-online methods send the critic's gradient through the policy, or need its density.
-PA-RL needs one that can be sampled, and trained by its own supervised loss. The critic improves
-actions, not parameters: of several samples the best are kept (globally), then each climbs Q by a
-few steps (locally). The policy imitates what comes out, pi*, and the critic backs it up.
+PA-RL needs samples and a supervised loss. The critic improves actions, not parameters: the best of
+several samples are kept (globally) and climb Q (locally). The policy imitates the result, pi*.
 
-    Mark, Gao, Sampaio, Srirama, Sharma, Finn, Kumar: Policy Agnostic RL: Offline RL and Online RL
-    Fine-Tuning of Any Class and Backbone, arXiv 2412.06685
+    Mark, Gao, Sampaio, Srirama, Sharma, Finn, Kumar: Policy Agnostic RL ..., arXiv 2412.06685
 
     global step  A_k(s)  = the kept_actions best by mean_i Q_i(s, a) of base_actions a ~ pi(s)
     local step   a'      = clip(a + ascent_rate * grad_a mean_i Q_i(s, a)), ascent_steps times for
                  each a in A_k(s); of all its positions the best by mean_i Q_i stays
     select       pi*(a | s) = softmax of mean_i Q_i(s, a') over the actions a', or the best one
-    actor        L_pi    = E[ the policy's own loss of a* in s ], a* ~ pi*(s), where the data's
-                 action has taken the place of the worst kept one before the local steps
+    actor        L_pi    = E[ the policy's own loss of a* ~ pi*(s) ], a for the worst of A_k(s)
     critic       L_Q     = E[ error(Q_i(s, a), r + discount * max_j min_n Qtarget_n(s', a*_j)) ]
                  + cql_alpha * D, a*_j ~ pi*(s'), over all i; n: a random pair of critics
     value error  error(Q, y) = (Q - y)^2, or the cross-entropy of Q's histogram (HL-Gauss)
@@ -22,32 +19,28 @@ few steps (locally). The policy imitates what comes out, pi*, and the critic bac
     value        L_V     = E[ |expectile - 1(u < 0)| u^2 ], u = min_n Qtarget_n(s, a) - V(s), with
                  --critic iql: the critic's target has V(s'), and there is no difference
 
-    python algorithms/pa_rl.py                                    # the dataset in this repository
-    python algorithms/pa_rl.py --policy transformer --dataset D4RL/antmaze/umaze-diverse-v1
+    python algorithms/pa_rl.py  # on the repository's data, or: --policy transformer
 
 The policy is cloned (pretrain), the critic learns with the policy frozen (offline), and then after
 every episode as many distillations and then critic updates follow as it had steps (online).
 
 Deviations from the authors' code (github.com/MaxSobolMark/PolicyAgnosticRL):
- 1. Targets take actions from the softmax, the pi* of the paper; the release takes the best one
-    (--target-selection argmax), and optimises them thrice per batch, not once. In kitchen one flag
-    of the release rules both acting and evaluation; here episodes draw and evaluation is greedy.
- 2. Masks are the Minari data's, not read off the rewards: the same where success ends an episode,
-    which it does not in D4RL's kitchen, antmaze and pointmaze. A failed online episode has the
-    return of endless failure, as in Cal-QL, not its finite sum.
- 3. Critics have output layers of their own; the release's share one. A histogram's target outside
-    its range counts as the nearest end. All critics count where there are no more than are drawn
-    (with replacement). Only their outputs are initialised with 1e-2, and V's; in the release also
-    the policies', and the layer before, which LayerNorm rescales.
+ 1. Targets draw from the softmax, the paper's pi*; the release takes the best action
+    (--target-selection argmax), and optimises thrice per batch, not once. In kitchen one flag of
+    the release rules acting and evaluation; here episodes draw and evaluation is greedy.
+ 2. Masks are the data's, not read off rewards: they differ where success ends no episode (kitchen,
+    D4RL's mazes). Failed online episodes return endless failure, as in Cal-QL, not a finite sum.
+ 3. Critics share no output layer. Beyond a histogram's range its nearest end is the target. All
+    critics count if there are no more than are drawn (with replacement). Only their outputs and V's
+    begin with 1e-2; in the release also policies', and the layer before, which LayerNorm rescales.
  4. Tokens are sampled with fresh noise per dimension and without dropout. Evaluation's noise comes
     from the observations. Until the critic has learnt, the policy itself acts, and imitates data.
  5. Online time is counted in environment steps. Rounds begin with fresh episodes; the last ones are
     cut off, as by a time limit, and learnt from like finished ones.
  6. With --critic iql, whose release does not run, V has no LayerNorm and learns before Q from a
     random pair of critics. RLPD's critic, images and OpenVLA are not here.
- 7. The Gaussian's settings, the presets of Adroit, MuJoCo and PointMaze (the first two with a
-    scalar Q, as their returns have no known bound) and the short default run are ours; kitchen's
-    online learning rate, the diffusion's, holds for every class.
+ 7. Ours: the Gaussian's settings, the default run, the presets of PointMaze, Adroit and MuJoCo (the
+    last two with a scalar Q: no bound is known); kitchen's online rate, diffusion's, is for all.
 """
 
 # /// script
@@ -111,7 +104,7 @@ class Config:
     critic_hidden_dims: tuple[int, ...] = (256, 256, 256, 256)  # widths of the critics and of V
     learning_rate: float = 3e-4  # Adam, critics and V
     # Policy
-    policy: Literal["diffusion", "transformer", "gaussian"] = "diffusion"  # see POLICIES
+    policy: Literal["diffusion", "transformer", "gaussian"] = "diffusion"  # its class
     hidden_dims: tuple[int, ...] = (256, 256)  # widths of the Gaussian
     policy_width: int = 256  # of diffusion's and the transformer's blocks
     policy_blocks: int | None = None  # of them; by default the class's, see POLICY_SETTINGS
@@ -122,7 +115,6 @@ class Config:
     cloning_learning_rate: float | None = None  # Adam, pretraining; by default the class's
     policy_learning_rate: float | None = None  # Adam, online; by default the class's
     policy_warmup: int = 2_000  # updates over which a policy's learning rate rises
-    cloning_schedule: Literal["cosine", "constant"] | None = None  # by default the class's
     policy_tau: float | None = None  # sampled policy: fraction of the new one per update; 1: itself
     # Action optimisation
     base_actions: int = 32  # samples of the policy per state
@@ -131,15 +123,12 @@ class Config:
     ascent_rate: float = 3e-4  # of a gradient step, in the agent's action units
     target_selection: Literal["softmax", "argmax"] = "softmax"  # actions of targets and difference
     acting_selection: Literal["softmax", "argmax"] = "argmax"  # actions of training episodes
-    distillation_selection: Literal["softmax", "argmax"] = "softmax"  # actions to be imitated
     # Critic
     critic: Literal["cal_ql", "iql"] = "cal_ql"  # what its target and its loss are
     num_critics: int = 10  # Q-functions
     target_critics: int = 2  # of them, drawn anew for every target: their minimum counts
     value_bins: int = 0  # of the histogram that stands for Q; 0: a scalar and squared errors
-    value_min: float = -100.0  # lower end of the histogram
-    value_max: float = 0.0  # upper end of the histogram
-    value_std: float = 0.75 * 2**0.5  # of a target, in bins: 0.75, which the authors' code widens
+    value_range: tuple[float, float] = (-100.0, 0.0)  # of the histogram
     cql_alpha: float = 0.005  # weight of the difference
     num_actions: int = 10  # actions of each of the three sources, per state
     offline_ratio: float = 0.5  # of a critic's online batch
@@ -149,27 +138,22 @@ class Config:
 
 
 POLICY_SETTINGS = {  # what a class of policy has where nothing else is given
-    "diffusion": dict(policy_blocks=3, cloning_learning_rate=3e-4, policy_learning_rate=5e-5,
-                      cloning_schedule="cosine", policy_tau=0.002),
-    "transformer": dict(policy_blocks=4, cloning_learning_rate=1e-4, policy_learning_rate=1e-4,
-                        cloning_schedule="constant", policy_tau=1.0),
-    "gaussian": dict(policy_blocks=0, cloning_learning_rate=3e-4, policy_learning_rate=1e-4,
-                     cloning_schedule="constant", policy_tau=1.0),
-}  # fmt: skip
-MAZE = dict(reward_shift=-1.0, value_bins=128, return_rule="infinite", eval_episodes=100)
+    "policy_blocks": dict(diffusion=3, transformer=4, gaussian=0),
+    "cloning_learning_rate": dict(diffusion=3e-4, transformer=1e-4, gaussian=3e-4),
+    "policy_learning_rate": dict(diffusion=5e-5, transformer=1e-4, gaussian=1e-4),
+    "policy_tau": dict(diffusion=0.002, transformer=1.0, gaussian=1.0),
+}
 MUJOCO_TASKS = dict(normalize_observations=True, normalize_returns=True, cql_alpha=0.01)
 PRESETS = {  # auto: the first whose name is in the dataset's or the environment's, else mujoco
-    "sac-medium-replay": MUJOCO_TASKS | dict(  # what a CPU does in minutes
-        pretrain_steps=40_000, offline_steps=8_000, online_steps=4_000, interval=2_000,
-        policy_warmup=1_000, policy_width=64, policy_blocks=2, attention_heads=4, base_actions=16,
-        kept_actions=4, ascent_steps=5, critic_hidden_dims=(128, 128), num_critics=2, tau=0.02,
-        num_actions=4, batch_size=64),
-    "antmaze": MAZE | dict(interval=50_000),
-    "pointmaze": MAZE | dict(interval=50_000),
-    "kitchen": dict(
-        reward_shift=-4.0, value_bins=128, value_min=-400.0, critic_hidden_dims=(512,) * 3,
-        offline_steps=500_000, offline_ratio=0.25, policy_learning_rate=1e-5,
-        acting_selection="softmax", online_steps=280_000, eval_episodes=50, interval=14_000),
+    "sac-medium-replay": MUJOCO_TASKS | dict(pretrain_steps=40_000, offline_steps=8_000,
+        online_steps=4_000, interval=2_000, policy_warmup=1_000, policy_width=64, policy_blocks=2,
+        attention_heads=4, base_actions=16, kept_actions=4, ascent_steps=5, num_actions=4, tau=0.02,
+        critic_hidden_dims=(128, 128), num_critics=2, batch_size=64),  # a CPU does it in minutes
+    "maze": dict(reward_shift=-1.0, value_bins=128, return_rule="infinite", eval_episodes=100,
+        interval=50_000),  # antmaze, pointmaze
+    "kitchen": dict(reward_shift=-4.0, value_bins=128, value_range=(-400.0, 0.0), eval_episodes=50,
+        critic_hidden_dims=(512,) * 3, offline_steps=500_000, online_steps=280_000, interval=14_000,
+        offline_ratio=0.25, policy_learning_rate=1e-5, acting_selection="softmax"),
     "adroit": dict(normalize_returns=True, cql_alpha=0.01, online_steps=200_000),
     "mujoco": MUJOCO_TASKS | dict(online_steps=200_000),
 }  # fmt: skip
@@ -202,21 +186,18 @@ class Critic(nn.Module):
     hidden_dims: tuple[int, ...]
     num_outputs: int = 1
     layer_norm: bool = False
-    activation: Any = nn.relu
 
     @nn.compact
     def __call__(self, *inputs):
         x = jnp.concatenate(inputs, axis=-1)  # (B, F)
         for width in self.hidden_dims:
             x = nn.Dense(width, kernel_init=orthogonal)(x)  # (B, width)
-            x = self.activation(nn.LayerNorm()(x) if self.layer_norm else x)
-        near_zero = lambda *args: orthogonal(*args) * (1e-2 / 2**0.5)  # noqa: E731
-        return nn.Dense(self.num_outputs, kernel_init=near_zero)(x)  # (B, Z)
+            x = nn.swish(nn.LayerNorm()(x)) if self.layer_norm else nn.relu(x)
+        return nn.Dense(self.num_outputs, kernel_init=lambda *x: 1e-2 / 2**0.5 * orthogonal(*x))(x)
 
 
 # -------------------------------------------------------------------------------------- Policies
-# A class of policy is a network for observations (B, O) and actions (B, A), with two methods. To
-# add one: write it, name it in POLICIES and Config, and its settings in POLICY_SETTINGS.
+# To add a class: a network with two methods, named in Config, POLICY_SETTINGS and create_agent.
 #   sample(params, observations (B, O), key) -> actions (B, A) in [-1, 1]
 #   loss(params, observations (B, O), actions (B, A), key) -> the supervised loss, a scalar
 class DiffusionPolicy(nn.Module):
@@ -266,9 +247,8 @@ class DiffusionPolicy(nn.Module):
 
     def loss(self, params, observations, actions, key):
         step_key, noise_key, dropout_key = jax.random.split(key, 3)
-        _, product = self.schedule()
-        step = jax.random.randint(step_key, (len(actions),), 0, len(product))  # (B,)
-        signal = product[step][:, None]  # (B, 1)
+        step = jax.random.randint(step_key, (len(actions),), 0, self.config.denoising_steps)  # (B,)
+        signal = self.schedule()[1][step][:, None]  # (B, 1)
         noise = jax.random.normal(noise_key, actions.shape)  # (B, A)
         noisy = jnp.sqrt(signal) * actions + jnp.sqrt(1 - signal) * noise  # (B, A)
         guess = self.apply(params, observations, noisy, step, True, rngs={"dropout": dropout_key})
@@ -276,9 +256,8 @@ class DiffusionPolicy(nn.Module):
 
 
 class TransformerPolicy(nn.Module):
-    """Each action dimension is one of `action_bins` tokens, drawn one after the other. The network
-    gives the logits (B, A, V) of each, from the observation and the dimensions before. With
-    `decode` it gives one dimension's, (B, 1, V), from the one before, and remembers the rest."""
+    """Each action dimension is one of `action_bins` tokens: logits (B, A, V), from the observation
+    and the ones before. With `decode` one at a time, (B, 1, V), while it remembers the others."""
 
     action_dim: int
     config: Config
@@ -289,7 +268,8 @@ class TransformerPolicy(nn.Module):
         config, normal = self.config, nn.initializers.normal(0.02)
         width, rate = config.policy_width, config.dropout_rate
         dropout = partial(nn.Dropout, rate, deterministic=not training)
-        options = dict(dropout_rate=rate, deterministic=not training, decode=self.decode)
+        options = dict(dropout_rate=rate, deterministic=not training, broadcast_dropout=False)
+        heads = partial(nn.MultiHeadDotProductAttention, config.attention_heads, decode=self.decode)
         table = self.param("tokens", normal, (self.action_dim, config.action_bins, width))
         positions = self.param("positions", normal, (self.action_dim, width))
         first = nn.Dense(width)(nn.elu(nn.Dense(128)(observations)))  # (B, W)
@@ -299,10 +279,7 @@ class TransformerPolicy(nn.Module):
             x = jax.lax.dynamic_slice_in_dim(x, dimension, 1, axis=1)  # (B, 1, W)
         x, causal = dropout()(x), None if self.decode else nn.make_causal_mask(actions)
         for _ in range(config.policy_blocks):
-            attention = nn.MultiHeadDotProductAttention(
-                config.attention_heads, broadcast_dropout=False, **options
-            )
-            x = x + dropout()(attention(nn.LayerNorm(1e-5)(x), mask=causal))
+            x = x + dropout()(heads(**options)(nn.LayerNorm(1e-5)(x), mask=causal))
             block = nn.gelu(nn.Dense(4 * width)(nn.LayerNorm(1e-5)(x)))  # (B, A, 4 W)
             x = x + dropout()(nn.Dense(width)(block))
         features = nn.elu(nn.Dense(width)(nn.LayerNorm(1e-5)(x)))  # (B, A, W)
@@ -312,10 +289,6 @@ class TransformerPolicy(nn.Module):
         """The nearest bins (..., A) of actions (..., A)."""
         bins = self.config.action_bins
         return jnp.clip(jnp.round((actions + 1) / 2 * (bins - 1)), 0, bins - 1).astype(jnp.int32)
-
-    def actions(self, tokens):
-        """The actions (..., A) that tokens (..., A) stand for."""
-        return tokens / (self.config.action_bins - 1) * 2.0 - 1.0
 
     def sample(self, params, observations, key):
         network = self.clone(decode=True)
@@ -328,7 +301,8 @@ class TransformerPolicy(nn.Module):
             inputs = params | {"cache": memory}, observations, actions, False, dimension
             logits, new = network.apply(*inputs, mutable=["cache"])  # (B, 1, V)
             token = jax.random.categorical(jax.random.fold_in(key, dimension), logits[:, 0])  # (B,)
-            return (new["cache"], actions.at[:, dimension].set(self.actions(token))), None
+            action = token / (self.config.action_bins - 1) * 2.0 - 1.0  # (B,)
+            return (new["cache"], actions.at[:, dimension].set(action)), None
 
         return jax.lax.scan(draw, (memory, actions), jnp.arange(self.action_dim))[0][1]
 
@@ -346,8 +320,7 @@ class TanhPolicy(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, observations, actions=None):
-        x = observations
+    def __call__(self, x, actions=None):  # x: observations (B, O)
         for width in self.config.hidden_dims:
             x = nn.relu(nn.Dense(width, kernel_init=orthogonal)(x))  # (B, width)
         mean = nn.Dense(self.action_dim, kernel_init=orthogonal)(x)  # (B, A)
@@ -363,19 +336,13 @@ class TanhPolicy(nn.Module):
         return -self.apply(params, observations).log_prob(actions).mean()
 
 
-POLICIES = {"diffusion": DiffusionPolicy, "transformer": TransformerPolicy, "gaussian": TanhPolicy}
-
-
 def settle(config, source):
-    """The configuration with the policy class's own settings where none are given, and the
-    failure_reward in the agent's units."""
-    settings = POLICY_SETTINGS[config.policy].items()
-    settings = {name: x for name, x in settings if getattr(config, name) is None}
-    settings["failure_reward"] = float(rescale(config.failure_reward, *source["units"]["rewards"]))
-    return dataclasses.replace(config, **settings)
+    """Puts the class's settings where none are given, and failure_reward in the agent's units."""
+    given = {name: x for name, x in vars(config).items() if x is not None}
+    given["failure_reward"] = float(rescale(config.failure_reward, *source["units"]["rewards"]))
+    return Config(**{name: x[config.policy] for name, x in POLICY_SETTINGS.items()} | given)
 
 
-# ----------------------------------------------------------------------------------------- Agent
 @flax.struct.dataclass
 class Agent:
     """All that training changes. Outside the losses with a leading axis of seeds, (S, ...)."""
@@ -392,18 +359,21 @@ class Agent:
 def create_agent(key, observation, action, config):
     """A fresh agent from its random key (2,), an observation (1, O) and an action (1, A)."""
     key, actor_key, critic_key, value_key = jax.random.split(key, 4)
-    policy = POLICIES[config.policy](action.shape[1], config)
-    critic = Critic(config.critic_hidden_dims, max(config.value_bins, 1), True, nn.swish)
+    policies = dict(diffusion=DiffusionPolicy, transformer=TransformerPolicy, gaussian=TanhPolicy)
+    policy = policies[config.policy](action.shape[1], config)
+    critic = Critic(config.critic_hidden_dims, max(config.value_bins, 1), layer_norm=True)
     value = Critic(config.critic_hidden_dims)
     actor_params = policy.init(actor_key, observation, action)
     critic_keys = jax.random.split(critic_key, config.num_critics)
-    critic_params = jax.vmap(critic.init, (0, None, None))(critic_keys, observation, action)
+    each = partial(jax.vmap, in_axes=(0, None, None))  # of the critics
+    critic_params = each(critic.init)(critic_keys, observation, action)
     value_params = value.init(value_key, observation)
-    actor_adam, adam = optax.adam(policy_rate(config)), optax.adam(config.learning_rate)
+    actor_adam = optax.adam(partial(policy_rate, config=config))
+    adam = optax.adam(config.learning_rate)
     return Agent(
         actor=TrainState.create(apply_fn=policy.apply, params=actor_params, tx=actor_adam),
         target_actor_params=jax.tree.map(jnp.copy, actor_params),
-        critic=TrainState.create(apply_fn=critic.apply, params=critic_params, tx=adam),
+        critic=TrainState.create(apply_fn=each(critic.apply), params=critic_params, tx=adam),
         target_critic_params=jax.tree.map(jnp.copy, critic_params),
         value=TrainState.create(apply_fn=value.apply, params=value_params, tx=adam),
         key=key,
@@ -411,30 +381,15 @@ def create_agent(key, observation, action, config):
     )
 
 
-def policy_rate(config):
-    """The policy's learning rate, a function of its updates: `pretrain_steps` by the cloning
-    schedule, then online. Both rise at first."""
-
-    def rate(count):
-        cloning, online = count < config.pretrain_steps, count - config.pretrain_steps
-        done = count / max(config.pretrain_steps, 1)
-        fade = (1 + jnp.cos(jnp.pi * done)) / 2 if config.cloning_schedule == "cosine" else 1.0
-        warm = (jnp.where(cloning, count, online) + 1) / max(config.policy_warmup, 1)
-        peak = jnp.where(cloning, config.cloning_learning_rate, config.policy_learning_rate)
-        return peak * jnp.minimum(1.0, warm) * jnp.where(cloning, fade, 1.0)
-
-    return rate
-
-
-def restart_optimisers(agents, config):
-    """At the switch all optimisers start anew, the policy's with its online rate."""
-    for name in ("actor", "critic", "value"):
-        part = getattr(agents, name)
-        fresh = jax.tree.map(jnp.zeros_like, part.opt_state)
-        if name == "actor":
-            fresh = fresh[0], fresh[1]._replace(count=fresh[1].count + config.pretrain_steps)
-        agents = agents.replace(**{name: part.replace(opt_state=fresh)})
-    return agents
+def policy_rate(count, config):
+    """The policy's learning rate after `count` updates: `pretrain_steps` of cloning, in which the
+    diffusion's falls to 0, and then the online ones. Both rise at first."""
+    cloning, online = count < config.pretrain_steps, count - config.pretrain_steps
+    done = count / max(config.pretrain_steps, 1)
+    fade = (1 + jnp.cos(jnp.pi * done)) / 2 if config.policy == "diffusion" else 1.0
+    warm = (jnp.where(cloning, count, online) + 1) / max(config.policy_warmup, 1)
+    peak = jnp.where(cloning, config.cloning_learning_rate, config.policy_learning_rate)
+    return peak * jnp.minimum(1.0, warm) * jnp.where(cloning, fade, 1.0)
 
 
 # --------------------------------------------------------------------------- Action optimisation
@@ -442,7 +397,7 @@ def expectation(outputs, config):
     """Q (...) that a critic's outputs (..., Z) stand for: the mean of its histogram."""
     if not config.value_bins:
         return outputs[..., 0]
-    edges = jnp.linspace(config.value_min, config.value_max, config.value_bins + 1)  # (Z + 1,)
+    edges = jnp.linspace(*config.value_range, config.value_bins + 1)  # (Z + 1,)
     return (jax.nn.softmax(outputs) * (edges[1:] + edges[:-1]) / 2).sum(axis=-1)
 
 
@@ -453,7 +408,7 @@ def action_values(agent, params, observations, actions, config, key=None):
         members = jax.random.randint(key, (config.target_critics,), 0, config.num_critics)
         params = jax.tree.map(lambda x: x[members], params)
     rows = jnp.tile(observations, (len(actions), 1)), actions.reshape(-1, actions.shape[-1])
-    outputs = jax.vmap(agent.critic.apply_fn, (0, None, None))(params, *rows)  # (N, M * B, Z)
+    outputs = agent.critic.apply_fn(params, *rows)  # (N, M * B, Z)
     return expectation(outputs, config).reshape(-1, *actions.shape[:2])
 
 
@@ -475,8 +430,7 @@ def local_step(agent, observations, actions, config):
 
 
 def optimise(agent, observations, keys, config, selection, num_actions=1, data_actions=None):
-    """pi*'s actions: `num_actions` draws (M, B, A) by the softmax of Q, or the best one (1, B, A),
-    of the policy's samples after the global and the local step. Data actions (B, A), if given,
+    """pi*'s actions: `num_actions` draws (M, B, A), or the best one (1, B, A). Data actions (B, A)
     replace the worst kept ones. Until the critic has learnt, pi* is pi, or the data."""
     rows = jnp.tile(observations, (config.base_actions, 1))  # (M * B, O)
     samples = agent.policy.sample(agent.target_actor_params, rows, keys[0])  # (M * B, A)
@@ -490,10 +444,8 @@ def optimise(agent, observations, keys, config, selection, num_actions=1, data_a
     info |= {"optimised_q": q.mean(), "moved": jnp.abs(actions - kept).mean()}
     plain = samples[: config.kept_actions] if data_actions is None else data_actions
     actions = jnp.where(agent.critic.step > 0, actions, plain)  # (K, B, A), before, Q is noise
-    if selection == "argmax":
-        chosen = q.argmax(axis=0)[None]  # (1, B)
-    else:
-        shape = num_actions, len(observations)
+    chosen, shape = q.argmax(axis=0)[None], (num_actions, len(observations))  # (1, B)
+    if selection == "softmax":
         chosen = jax.random.categorical(keys[1], q, axis=0, shape=shape)  # (M, B)
     return jnp.take_along_axis(actions, chosen[..., None], axis=0), info
 
@@ -525,18 +477,17 @@ def value_error(outputs, targets, config):
     mass in each bin of a Gaussian around the target (B,), cut off at the ends of the range."""
     if not config.value_bins:
         return (outputs[..., 0] - targets) ** 2
-    targets = jnp.clip(targets, config.value_min, config.value_max)  # (B,)
-    edges = jnp.linspace(config.value_min, config.value_max, config.value_bins + 1)  # (Z + 1,)
-    std = config.value_std * (edges[1] - edges[0])
+    targets = jnp.clip(targets, *config.value_range)  # (B,)
+    edges = jnp.linspace(*config.value_range, config.value_bins + 1)  # (Z + 1,)
+    std = 0.75 * 2**0.5 * (edges[1] - edges[0])  # 0.75 bins, which the authors' code widens
     below = jax.scipy.stats.norm.cdf((edges - targets[:, None]) / std)  # (B, Z + 1)
     mass = jnp.diff(below) / (below[:, -1:] - below[:, :1])  # (B, Z)
     return optax.softmax_cross_entropy(outputs, mass)
 
 
 def conservative_difference(params, agent, batch, own, following, key, config):
-    """Cal-QL's D: a soft maximum of Q over the data's, uniform, pi*'s own and following actions (M,
-    B, A), minus Q of the data. pi*'s count no less than the Monte-Carlo return; where it is one
-    best action, it stands for num_actions. Also returns the share of pi*'s below that return."""
+    """Cal-QL's D, over the data's, uniform, pi*'s own and following actions (M, B, A); where pi*'s
+    is one best action, it stands for num_actions. Also the share of pi*'s below the return."""
     uniform_key, member_key = jax.random.split(key)
     shape = config.num_actions, *batch.actions.shape
     uniform = jax.random.uniform(uniform_key, shape, minval=-1.0, maxval=1.0)  # (M, B, A)
@@ -551,8 +502,7 @@ def conservative_difference(params, agent, batch, own, following, key, config):
 
 
 def critic_loss(params, agent, batch, own, following, key, config):
-    """The backup's error plus the weighted difference, mean over the critics. `own`, `following`:
-    pi*'s actions (M, B, A) in s and s'; in s' the one with the largest minimum counts."""
+    """The backup's error plus the difference. `own`, `following`: pi*'s (M, B, A) in s and s'."""
     target_key, difference_key = jax.random.split(key)
     if config.critic == "iql":
         next_v = agent.value.apply_fn(agent.value.params, batch.next_observations)[:, 0]  # (B,)
@@ -561,8 +511,7 @@ def critic_loss(params, agent, batch, own, following, key, config):
         q = action_values(agent, agent.target_critic_params, *inputs)  # (K, M, B)
         next_v = q.min(axis=0).max(axis=0)  # (B,)
     targets = batch.rewards + config.discount * batch.masks * next_v  # (B,)
-    apply = jax.vmap(agent.critic.apply_fn, (0, None, None))
-    outputs = apply(params, batch.observations, batch.actions)  # (N, B, Z)
+    outputs = agent.critic.apply_fn(params, batch.observations, batch.actions)  # (N, B, Z)
     loss = value_error(outputs, targets, config).mean()
     info = {"critic_loss": loss, "q": expectation(outputs, config).mean()}
     if config.critic == "cal_ql":
@@ -589,55 +538,46 @@ def gradient_step(train_state, loss_fn, *args):
     return train_state.apply_gradients(grads=grads), info
 
 
-def imitate(agent, batch, key, config):
-    """One update of the policy towards the batch's actions, and of the policy that is sampled."""
-    actor, info = gradient_step(agent.actor, actor_loss, agent, batch, key, config)
+def imitate(agent, batch, config, keys=None):
+    """The policy imitates the batch; the one sampled follows. `keys`: the next, and the loss's."""
+    key, actor_key = jax.random.split(agent.key) if keys is None else keys
+    actor, info = gradient_step(agent.actor, actor_loss, agent, batch, actor_key, config)
     target = optax.incremental_update(actor.params, agent.target_actor_params, config.policy_tau)
-    return agent.replace(actor=actor, target_actor_params=target), info
-
-
-def imitate_data(agent, batch, config):
-    """Pretraining: the policy imitates the data."""
-    key, actor_key = jax.random.split(agent.key)
-    return imitate(agent.replace(key=key), batch, actor_key, config)
+    return agent.replace(actor=actor, target_actor_params=target, key=key), info
 
 
 def distil(agent, batch, config):
     """Online: the policy imitates pi*."""
     key, sample_key, select_key, actor_key = jax.random.split(agent.key, 4)
-    inputs = batch.observations, (sample_key, select_key), config, config.distillation_selection
+    inputs = batch.observations, (sample_key, select_key), config, "softmax"
     actions, search = optimise(agent, *inputs, data_actions=batch.actions)  # (1, B, A)
-    batch, agent = batch.replace(actions=actions[0]), agent.replace(key=key)
-    agent, info = imitate(agent, batch, actor_key, config)
+    agent, info = imitate(agent, batch.replace(actions=actions[0]), config, (key, actor_key))
     return agent, info | (search if config.critic == "iql" else {})  # others: in their own update
 
 
 def update(agent, batch, config):
-    """One update of the critic, offline and online; the policy is held. pi*'s actions in s and s',
-    once, for all that follows, or V (iql); Q; target Q."""
+    """One update of the critic, with --critic iql of V first; the policy is held."""
     key, action_key, critic_key, value_key = jax.random.split(agent.key, 4)
     own, following = None, None
     if config.critic == "iql":
         value, info = gradient_step(agent.value, value_loss, agent, batch, value_key, config)
         agent = agent.replace(value=value)
-    else:  # one after the other: the activations of both do not fit a CPU's cache
+    else:  # in s and then in s': the activations of both do not fit a CPU's cache
         both = jnp.stack([batch.observations, batch.next_observations])  # (2, B, O)
         settings = config, config.target_selection, config.num_actions
         search = lambda xs: optimise(agent, xs[0], jax.random.split(xs[1]), *settings)  # noqa: E731
-        inputs = both, jax.random.split(action_key)
-        (own, following), info = jax.lax.map(search, inputs)  # (M, B, A) each
-        info = jax.tree.map(jnp.mean, info)
+        (own, following), info = jax.lax.map(search, (both, jax.random.split(action_key)))
     inputs = agent, batch, own, following, critic_key, config
     critic, critic_info = gradient_step(agent.critic, critic_loss, *inputs)
     target = optax.incremental_update(critic.params, agent.target_critic_params, config.tau)
     agent = agent.replace(critic=critic, target_critic_params=target, key=key)
-    return agent, critic_info | info
+    return agent, critic_info | jax.tree.map(jnp.mean, info)
 
 
 # ------------------------------------------------------------------------------ Offline to online
 def phases(config):
     """The run, phase by phase: name, number of steps, and what one round of them does."""
-    yield "pretrain", config.pretrain_steps, partial(offline_round, update=imitate_data)
+    yield "pretrain", config.pretrain_steps, partial(offline_round, update=imitate)
     yield "offline", config.offline_steps, partial(offline_round, update=update)
     yield "online", config.online_steps, episodes_round
 
@@ -680,8 +620,7 @@ explore_all = jax.jit(jax.vmap(explore, in_axes=(0, 0, 0, None)), static_argnums
 
 @partial(jax.jit, static_argnames=("config", "update"), donate_argnames="agents")
 def learn(agents, buffers, size, dataset, counts, config, update):
-    """`counts` (S,) calls of `update(agent, batch, config)`, as many for every seed as it has
-    coming. Metrics are sums over the calls, (S,), 0 of what it has not. `agents` is donated."""
+    """`counts` (S,) calls of `update`, as one program. Metrics are sums. `agents` is donated."""
 
     def one_seed(agent, buffer, count):
         def step(_, carry):
@@ -697,16 +636,19 @@ def learn(agents, buffers, size, dataset, counts, config, update):
 
 
 def episodes_round(agents, buffers, run, first, last):
-    """Environment steps `first` to `last`. Where an episode ends its rows get their returns (till
-    then they bound no Q), and as many distillations as it had steps follow, and then as many
-    updates of the critic, in slices. Episodes are seeded by (seed, first) and truncated at `last`:
-    no simulator is checkpointed, and every seed has last - first updates of each kind."""
+    """Environment steps `first` to `last`. Where an episode ends its rows get their returns, and as
+    many distillations and then updates of the critic as it had steps follow, in slices. Episodes
+    are seeded by (seed, first) and truncated at `last`: no simulator is checkpointed."""
     config, dataset, envs, bar = run
-    if first == 0:
-        agents = restart_optimisers(agents, config)
+    if first == 0:  # all optimisers start anew, the policy's with its online rate
+        zero = lambda path, x: x * ("opt_state" not in jax.tree_util.keystr(path))  # noqa: E731
+        agents = jax.tree_util.tree_map_with_path(zero, agents)
+        adam, rate = agents.actor.opt_state
+        rate = rate._replace(count=rate.count + config.pretrain_steps)
+        agents = agents.replace(actor=agents.actor.replace(opt_state=(adam, rate)))
     keys = jax.vmap(partial(jax.random.split, num=1 + last - first))(agents.key)  # (S, 1 + T, 2)
     agents, keys = agents.replace(key=keys[:, 0]), np.asarray(keys[:, 1:])  # for exploration
-    known, unknown = np.array(buffers.mc_returns), np.full(config.num_seeds, -1e9)  # (S, C), (S,)
+    known = np.array(buffers.mc_returns)  # (S, C), all returns, on the host
     sums, capacity = dict.fromkeys(METRICS, 0.0), known.shape[1]
     begins = np.full(config.num_seeds, first)  # (S,), first steps of the episodes in play
     history = np.zeros((3, config.num_seeds, last))  # rewards, masks and ends of every step
@@ -719,17 +661,13 @@ def episodes_round(agents, buffers, run, first, last):
         for i in np.flatnonzero(terminated | truncated):  # reset already
             following[i] = info["final_obs"][i]
         history[:, :, step] = rewards, 1.0 - terminated, ends
-        known[:, step % capacity] = unknown
-        rows = Batch(observations, actions, rewards, following, *history[1:, :, step], unknown)
-        buffers, observations = insert(buffers, rows, step % capacity), after
+        rows = Batch(observations, actions, rewards, following, *history[1:, :, step], rewards)
+        buffers, observations = insert(buffers, rows, step % capacity), after  # its return follows
         counts = np.where(ends, step + 1 - begins, 0)  # (S,), updates that are due
         for i in np.flatnonzero(ends):
-            returns = monte_carlo_returns(*history[:, i, begins[i] : step + 1], config)[::-1]
-            places = (step - np.arange(min(counts[i], capacity))) % capacity  # (T,), newest first
-            known[i, places] = returns[: len(places)]
-            places = np.pad(places, (0, -len(places) % 1024), "edge")  # few shapes
-            returns = insert(buffers.mc_returns, known[:, places], places)
-            buffers, begins[i] = buffers.replace(mc_returns=returns), step + 1
+            places = np.arange(begins[i], step + 1) % capacity  # (T,), a later one overwrites
+            known[i, places] = monte_carlo_returns(*history[:, i, begins[i] : step + 1], config)
+            buffers, begins[i] = buffers.replace(mc_returns=jnp.array(known)), step + 1
         for kind in distil, update:
             for done in range(0, counts.max(), 50):
                 inputs = buffers, min(step + 1, capacity), dataset, np.clip(counts - done, 0, 50)

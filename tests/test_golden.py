@@ -600,7 +600,7 @@ def pa_rl_agent(found, d, **changes):
         policy_learning_rate=0.0,
     )  # fmt: skip
     if bins := json.loads(str(d["settings"])).get("histogram"):
-        config |= dict(value_bins=bins["bins"], value_min=bins["min"], value_max=bins["max"])
+        config |= dict(value_bins=bins["bins"], value_range=(bins["min"], bins["max"]))
     config = found.script.Config(**config | changes)
     networks = {"critic": ("critic", PA_CRITIC, 3)}
     if any(name.startswith("before/target_critic") for name in d):
@@ -685,8 +685,7 @@ def pa_rl_critic(d, found):
 
 
 POLICY_OF_8 = dict(policy_blocks=2, policy_width=8, dropout_rate=0.0, policy_tau=0.1,
-                   cloning_learning_rate=1.0, policy_learning_rate=1.0,
-                   cloning_schedule="constant")  # fmt: skip
+                   cloning_learning_rate=1.0, policy_learning_rate=1.0)  # fmt: skip
 DIFFUSION = {"frequencies": "time/frequencies", "Dense_1": "time/hidden_0", "Dense_0": "time/out",
              "Dense_2": "in", "Dense_7": "out"} | {
     ours.format(i, 3 + 2 * i, 4 + 2 * i): f"block_{i}/{theirs}" for i in (0, 1) for ours, theirs in

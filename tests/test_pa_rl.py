@@ -16,7 +16,7 @@ SIZES = dict(
     policy_blocks=1, attention_heads=2, action_bins=7, dropout_rate=0.0, batch_size=B, tau=0.2,
     num_critics=3, base_actions=6, kept_actions=4, ascent_steps=3, ascent_rate=5.0, num_actions=5,
     cql_alpha=2.0, learning_rate=1e-2, cloning_learning_rate=3e-3, policy_learning_rate=1e-3,
-    policy_warmup=10, pretrain_steps=100, cloning_schedule="cosine", policy_tau=0.25,
+    policy_warmup=10, pretrain_steps=100, policy_tau=0.25,
 )  # fmt: skip
 close = partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4)
 equal = lambda x, y: jax.tree.all(jax.tree.map(np.array_equal, x, y))  # noqa: E731
@@ -53,7 +53,7 @@ def test_policies_drop_out_in_training_only(pa_rl):
 def test_an_iql_critic(pa_rl):
     """V, by the minimum of the target critics that are drawn; Q at the new V, without a difference;
     the target's average. The policy is held."""
-    config = config_of(pa_rl, critic="iql", value_bins=21, value_min=-3.0, value_max=2.0)
+    config = config_of(pa_rl, critic="iql", value_bins=21, value_range=(-3.0, 2.0))
     agent, batch = fresh(pa_rl, config), batch_of(pa_rl, 0)
     new, info = quick(partial(pa_rl.update, config=config))(agent, batch)
     key, _, critic_key, value_key = jax.random.split(agent.key, 4)
@@ -64,8 +64,7 @@ def test_an_iql_critic(pa_rl):
     close(info["value_loss"], np.where(u < 0, 0.3 * u * u, 0.7 * u * u).mean())
     following = agent.value.apply_fn(new.value.params, batch.next_observations)[:, 0]
     targets = batch.rewards + config.discount * batch.masks * following
-    apply = jax.vmap(agent.critic.apply_fn, (0, None, None))
-    outputs = apply(agent.critic.params, batch.observations, batch.actions)
+    outputs = agent.critic.apply_fn(agent.critic.params, batch.observations, batch.actions)
     close(info["critic_loss"], pa_rl.value_error(outputs, targets, config).mean())
     assert "difference" not in info and equal(new.key, key) and equal(new.actor, agent.actor)
     assert not equal(new.value.params, agent.value.params)
@@ -82,9 +81,23 @@ def test_pi_star_is_pi_until_the_critic_has_learnt(pa_rl):
         assert equal(found[0], data) != learnt
 
 
+def test_the_datas_action_takes_the_worst_kept_ones_place(pa_rl):
+    """Q is -a^2: of 0.6 ... 0.1 the 4 smallest are kept, and of them 0.4 gives way to the data's
+    0.9, though it is worse; without data 0.4 stays."""
+    config, s = config_of(pa_rl, ascent_steps=0), batch_of(pa_rl, 0).observations
+    agent, keys = fresh(pa_rl, config), jax.random.split(jax.random.PRNGKey(0))
+    samples = jnp.repeat(jnp.arange(6, 0, -1) / 10, B)[:, None]  # (6 * B, 1)
+    policy = type("Policy", (), {"sample": lambda *_: samples})()
+    agent = agent.replace(policy=policy, critic=agent.critic.replace(
+        apply_fn=lambda params, s, a: -(a**2)[None]))  # fmt: skip
+    for data, kept in ((jnp.full((B, 1), 0.9), [0.1, 0.2, 0.3, 0.9]), (None, [0.1, 0.2, 0.3, 0.4])):
+        found, _ = pa_rl.optimise(agent, s, keys, config, "softmax", 100, data)
+        assert all(equal(np.unique(x), np.float32(kept)) for x in np.moveaxis(found, 1, 0))
+
+
 def test_a_distillation(pa_rl, monkeypatch):
     """The policy imitates pi*'s, among them the data's; the critic is held."""
-    config, asked = config_of(pa_rl, critic="iql", distillation_selection="argmax"), []
+    config, asked = config_of(pa_rl, critic="iql"), []
     agent, batch = fresh(pa_rl, config), batch_of(pa_rl, 0)
 
     def optimise(agent, observations, keys, config, selection, data_actions):
@@ -94,9 +107,9 @@ def test_a_distillation(pa_rl, monkeypatch):
     monkeypatch.setattr(pa_rl, "optimise", optimise)
     new, info = pa_rl.distil(agent, batch, config)
     key, *keys, actor_key = jax.random.split(agent.key, 4)
-    assert equal(asked[0][0], tuple(keys)) and asked[0][1:] == ("argmax", batch.actions)
+    assert equal(asked[0][0], tuple(keys)) and asked[0][1:] == ("softmax", batch.actions)
     half = batch.replace(actions=0.5 * batch.actions)
-    imitated, expected = pa_rl.imitate(agent, half, actor_key, config)
+    imitated, expected = pa_rl.imitate(agent, half, config, (key, actor_key))
     assert info == expected | {"base_q": 7.0} and equal(new.key, key)
     close(
         expected["actor_loss"],
@@ -119,10 +132,13 @@ def test_who_acts(pa_rl, monkeypatch):
 
 
 def test_the_policys_learning_rate(pa_rl):
+    """Rises over 10 updates, in pretraining and online; the diffusion's falls in pretraining."""
     counts = np.array([0, 4, 9, 50, 99, 100, 104, 109, 500])
     expected = 1e-3 * np.array([0.3, 1.5, 3, 3, 3, 0.1, 0.5, 1, 1])
+    close(pa_rl.policy_rate(counts, config_of(pa_rl)), expected, atol=1e-9)
     expected[:5] *= (1 + np.cos(np.pi * counts[:5] / 100)) / 2
-    close(pa_rl.policy_rate(config_of(pa_rl))(counts), expected, atol=1e-9)
+    found = pa_rl.policy_rate(counts, config_of(pa_rl, policy="diffusion"))
+    close(found, expected, atol=1e-9)
 
 
 class Envs:  # two: one terminates every 25 steps, one is cut off every 60
@@ -183,15 +199,15 @@ def test_a_diffusion_improves(pa_rl):
     """It clones uniform actions, which is what distillation does while Q knows nothing, and is then
     distilled: its samples come three times closer to the best action, s / 2."""
     config = config_of(pa_rl, policy="diffusion", policy_tau=1.0, policy_learning_rate=3e-3,
-                       pretrain_steps=0, ascent_rate=0.02, distillation_selection="argmax",
-                       num_critics=1, base_actions=4)  # fmt: skip
+                       pretrain_steps=0, ascent_rate=0.002, num_critics=1,
+                       base_actions=4)  # fmt: skip
     train = partial(pa_rl.update_steps.__wrapped__, update=pa_rl.distil, num_steps=300)
     train, rng = quick(partial(train, config=config)), np.random.default_rng(0)
     s, a = np.float32(rng.choice([-1, 1], (999, 1))), np.float32(rng.uniform(-1, 1, (999, 1)))
     dataset, key, gaps = pa_rl.Batch(s, a, *[s[:, 0]] * 4), jax.random.PRNGKey(0), []
     agent = quick(partial(pa_rl.create_agent, config=config))(key, s[:1], a[:1])
-    q = lambda params, s, a: params - (a - s / 2) ** 2  # noqa: E731
-    agent = agent.replace(critic=agent.critic.replace(apply_fn=q, params=np.zeros(1)))
+    q = lambda params, s, a: params - 10 * (a - s / 2) ** 2  # noqa: E731
+    agent = agent.replace(critic=agent.critic.replace(apply_fn=q, params=np.zeros((1, 1, 1))))
     agents, sample = jax.tree.map(lambda x: np.array(x)[None], agent), quick(agent.policy.sample)
     for learnt in (0, 1):
         agents = agents.replace(critic=agents.critic.replace(step=np.full(1, learnt)))
