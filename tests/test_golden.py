@@ -208,7 +208,7 @@ def test_equals_the_authors_code(name, monkeypatch):
 
 def test_every_file_is_held_or_waits_for_its_system():
     files = {path.stem for path in GOLDEN.glob("*.npz")}
-    waiting = "ooo|opal|boorl|off2on|apl|adaptive_bc"
+    waiting = "ooo|opal|boorl|off2on|apl"
     assert files == {name for name in CASES if "-in-" not in name} | {
         name for name in files if re.match(waiting, name)
     }
@@ -763,6 +763,51 @@ def pa_rl_transformer(d, found):
     inputs = agent.actor.params, batch.observations, jax.random.PRNGKey(0)
     actions = found.call(agent.policy.sample, *inputs, draws=draws, eager=True)
     found.hold("values", actions, d["value/greedy_actions"])
+
+
+# ------------------------------------------------------------------------------ REDQ + adaptive BC
+@case("algorithms/adaptive_bc.py", "adaptive_bc")
+def adaptive_bc(d, found):
+    """The first two updates; update 2 has the first step of the policy."""
+    sizes = dict(hidden_dims=(8, 8), num_critics=4, discount=0.97, tau=0.1)
+    target = {"target_actor_params": ("target_actor", TD3_POLICY, None)}
+    networks, config = networks_of(TD3_POLICY, critics=4, **target), found.script.Config(**sizes)
+    networks["weight"] = "weight", {"": ""}, None  # the rule does not move it here
+    d = d | {f"{at}/weight": np.float64(0.37) for at in ("before", "after1", "after2", "after4")}
+    losses = {"actor_loss": "actor", "imitation": "imitation"}  # each stands for two updates
+    infos = {x: np.array([0, 2 * d[f"loss/{y}"][0], 0, 2 * d[f"loss/{y}"][1]])
+             for x, y in losses.items()} | {"critic_loss": d["loss/critic"]}  # fmt: skip
+    infos["q"] = d["value/critic_prediction"].mean(axis=(1, 2))
+    noise, pairs = d["noise/target"], d["noise/permutation"][:, :2]
+    draws = lambda k: [("normal", noise[k]), ("choice", pairs[k])]  # noqa: E731
+    replay(d, found, config, networks, ("critic",), infos, draws, after=(1, 2, 4), eager=True)
+    agent = agent_of(found.script, d, config, networks)
+    for k in (0, 1):
+        inputs = agent, batch_of(found.script, d, k), config
+        agent, _ = found.call("update", *inputs, draws=draws(k), eager=True)
+    found.hold("gradients", found.grads[-1], read(d, "grad/actor", found.grads[-1], TD3_POLICY))
+
+
+@case("algorithms/adaptive_bc.py", "adaptive_bc_weight")
+def adaptive_bc_weight(d, found):
+    """The whole logs; two cases side by side, whose episodes end at different times."""
+    for name, case in json.loads(str(d["settings"]))["cases"].items():
+        references = case["random_score"], case["expert_score"]
+        rule = dict(kp=case["Kp"], kd=case["Kd"], target_score=case["target"])
+        rule |= dict(reference_returns=references, bc_weight=case["weight_maximum"])
+        config = found.script.Config(hidden_dims=(8, 8), **rule)
+        agents = agent_of(found.script, d, config, {})
+        start = d[f"{name}/weight_before"], d[f"{name}/average_before"]
+        both = [jnp.stack([x, x]) for x in start]  # the second one's episode goes on
+        agents, log = agents.replace(weight=both[0], average_score=both[1]), []
+        for x, length in zip(d[f"{name}/returns"], d[f"{name}/lengths"], strict=True):
+            episodes = {"r": np.array([x, 0.0]), "l": np.array([length, 0])}
+            ends = np.array([False, False]), np.array([True, False])
+            agents = found.script.weight_rule(agents, *ends, episodes, config)
+            log.append((agents.weight[0], agents.average_score[0]))
+        theirs = np.stack([d[f"{name}/weight_after"], d[f"{name}/average_after"]], axis=1)
+        found.hold("values", np.array(log), theirs)
+        found.hold("values", (agents.weight[1], agents.average_score[1]), start)
 
 
 # ------------------------------------------------------------------------------------------- Table
