@@ -106,15 +106,9 @@ def pendulum(minari_folder):
     return "pendulum/random-v0"
 
 
-def script_fixture(name):
-    return pytest.fixture(scope="session")(lambda: load_script(name))
+def script_fixture(path):
+    return pytest.fixture(scope="session")(lambda: load_script(path.relative_to(ROOT)))
 
 
-iql, cql, cal_ql, sac_finetune, pa_rl, uni_o4, td3_c, adaptive_bc = (
-    script_fixture(f"algorithms/{name}.py")
-    for name in ("iql", "cql", "cal_ql", "sac_finetune", "pa_rl", "uni_o4", "td3_c", "adaptive_bc")
-)
-bc, fql, ppo, rebrac, rlpd, sac, td3_bc = (
-    script_fixture(f"baselines/{name}.py")
-    for name in ("bc", "fql", "ppo", "rebrac", "rlpd", "sac", "td3_bc")
-)
+for path in [*ROOT.glob("algorithms/*.py"), *ROOT.glob("baselines/*.py")]:
+    globals()[path.stem] = script_fixture(path)  # a script is the fixture of its name

@@ -208,7 +208,7 @@ def test_equals_the_authors_code(name, monkeypatch):
 
 def test_every_file_is_held_or_waits_for_its_system():
     files = {path.stem for path in GOLDEN.glob("*.npz")}
-    waiting = "ooo|opal|boorl|off2on|apl"
+    waiting = "apl_gcql|boorl|off2on|ooo|opal"
     assert files == {name for name in CASES if "-in-" not in name} | {
         name for name in files if re.match(waiting, name)
     }
@@ -808,6 +808,37 @@ def adaptive_bc_weight(d, found):
         theirs = np.stack([d[f"{name}/weight_after"], d[f"{name}/average_after"]], axis=1)
         found.hold("values", np.array(log), theirs)
         found.hold("values", (agents.weight[1], agents.average_score[1]), start)
+
+
+# --------------------------------------------------------------------------------------------- APL
+@case("algorithms/apl.py", "apl_td3_bc")
+def apl_td3_bc(d, found):
+    """Eight updates, each one's mode by the script's own rule from their coin and buffer size."""
+    target = {"target_actor_params": ("target_actor", TD3_POLICY, None)}
+    networks = networks_of(TD3_POLICY, **target)
+    sizes = dict(hidden_dims=(8, 8), batch_size=6, utd_ratio=1, tau=0.1, discount=0.97)
+    config, script = found.script.Config(**sizes), found.script
+    agent, buffer = agent_of(script, d, config, networks), batch_of(script, d, 0)
+    for k in range(8):
+        draws = [("uniform", d["noise/buffer_uniform"][k]), ("randint", np.zeros((1, 6), int))]
+        inputs = buffer, buffer, int(d["noise/online_size"][k]), jax.random.PRNGKey(0), config
+        _, greedy = found.call("online_batch", *inputs, draws=draws, eager=True)
+        found.hold("values", greedy[0], d["value/from_online_buffer"][k])
+        found.hold("values", 1 - greedy[0], d["value/imitation_weight"][k])
+        batches = jax.tree.map(lambda x: x[None], batch_of(script, d, k))
+        inputs, draws = (agent, (batches, greedy), config), [("normal", d["noise/target"][k])]
+        agent, info = found.call("online_update", *inputs, draws=draws, eager=True)
+        found.hold("losses", info["critic_loss"], d["loss/critic"][k])
+        if k % 2:  # each stands for two updates
+            for ours, theirs in (("actor_loss", "actor"), ("imitation", "imitation")):
+                found.hold("losses", info[ours] / 2, d[f"loss/{theirs}"][k // 2])
+        mode = "grad_greedy" if k == 3 else "grad"
+        for name in {0: ["critic"], 1: ["actor"], 3: ["actor"]}.get(k, []):
+            ours = found.grads[0 if name == "critic" else -1]
+            theirs = read(d, f"{mode}/{name}", ours, *networks[name][1:])
+            found.hold("gradients", ours, theirs)
+        if f"after{k + 1}/actor/out/bias" in d:
+            hold_params(found, d, f"after{k + 1}", agent, networks)
 
 
 # ------------------------------------------------------------------------------------------- Table
