@@ -208,7 +208,7 @@ def test_equals_the_authors_code(name, monkeypatch):
 
 def test_every_file_is_held_or_waits_for_its_system():
     files = {path.stem for path in GOLDEN.glob("*.npz")}
-    waiting = "apl_gcql|boorl|off2on|ooo|opal"
+    waiting = "apl_gcql|boorl|off2on|opal"
     assert files == {name for name in CASES if "-in-" not in name} | {
         name for name in files if re.match(waiting, name)
     }
@@ -839,6 +839,86 @@ def apl_td3_bc(d, found):
             found.hold("gradients", ours, theirs)
         if f"after{k + 1}/actor/out/bias" in d:
             hold_params(found, d, f"after{k + 1}", agent, networks)
+
+
+# --------------------------------------------------------------------------------------------- OOO
+RND = {"predictor": ("rnd_predictor", TD3_POLICY, None),
+       "random_params": ("rnd_target", TD3_POLICY, None)}  # fmt: skip
+
+
+def ooo_agent(found, d, networks):
+    """The settings, and an agent with their parameters, whose moments are those of no data."""
+    sizes = dict(hidden_dims=(8, 8), rnd_dims=(7, 9), rnd_share=0.4, bonus_scale=0.5, expectile=0.8)
+    rates = dict(learning_rate=3e-3, rnd_learning_rate=1e-2, discount=0.97, tau=0.1)
+    config, count = found.script.Config(**sizes, **rates), jnp.asarray(1e-4)
+    return config, agent_of(found.script, d, config, networks).replace(
+        observation_moments=(jnp.zeros(5), jnp.ones(5), count),
+        bonus_moments=(jnp.zeros(()), jnp.ones(()), count),
+        q_range=jnp.array([-0.5, 0.3]),
+    )
+
+
+def hold_moments(d, found, at, k, agent):
+    names = ("observation_mean", "observation_variance", "bonus_variance")
+    ours = *agent.observation_moments[:2], agent.bonus_moments[1]
+    found.hold("values", ours, [d[f"{at}_{name}/{k}"] for name in names])
+
+
+def bonus_of(found, params, agent, batch):
+    errors = found.script.rnd_errors(params, agent, batch)
+    return errors.max(axis=1) / jnp.sqrt(agent.bonus_moments[1])
+
+
+@case("algorithms/ooo.py", "ooo_explore", "ooo_exploit")
+def ooo(d, found):
+    """Whole updates: exploring, with the bonus of every row; and without, as in retraining."""
+    exploring = "loss/rnd" in d
+    networks = networks_of(POLICY | {"log_std": "log_std/values"}, value=("value", VALUE, None))
+    networks |= RND if exploring else {}
+    config, agent = ooo_agent(found, d, networks)
+    fields = ["predictor"] * exploring + ["value", "actor", "critic"]
+    for k in range(4):
+        before, inputs = agent, (agent, batch_of(found.script, d, k), config)
+        draws = [("uniform", d["noise/rnd_uniform"][k])] if exploring else []
+        agent, info = found.call("explore_update" if exploring else "update", *inputs, draws=draws)
+        for field, grads in zip(fields * (k == 0), found.grads, strict=k == 0):
+            name, *layers = networks[field]
+            found.hold("gradients", grads, read(d, f"grad/{name}", grads, *layers))
+        for field in fields:
+            name = field.replace("predictor", "rnd")
+            found.hold("losses", info[f"{name}_loss"], d[f"loss/{name}"][k])
+        found.hold("losses", info["advantage"], d["value/advantage"][k].mean())
+        if exploring:  # the new predictor, the old moments
+            hold_moments(d, found, "trace/rnd", k + 1, agent)
+            bonus = bonus_of(found, agent.predictor.params, before, inputs[1])
+            found.hold("values", bonus, d["trace/rnd_bonus"][k])
+            found.hold("losses", info["bonus"], d["trace/rnd_bonus"][k].mean())
+        if k in (0, 3):
+            hold_params(found, d, f"after{k + 1}", agent, networks)
+    if exploring:
+        found.hold("values", agent.bonus_moments[::2], [d["trace/rnd_bonus_mean/4"], 24.0001])
+
+
+@case("algorithms/ooo.py", "ooo_rlpd")
+def ooo_rlpd(d, found):
+    """What IQL shares with RLPD: RND. Stated: there the bonus is that of the predictor before its
+    step. The rest of the file is of RLPD's critics, which ooo.py has not."""
+    config, agent = ooo_agent(found, d, RND)
+    for k in range(3):
+        batch, draws = batch_of(found.script, d, k), [("uniform", d["noise/rnd_uniform"][k])]
+        bonus, with_rows = bonus_of(found, agent.predictor.params, agent, batch), "with_rows"
+        found.hold("values", bonus, d["explore/bonus"][k])
+        inputs = agent.predictor.params, agent, batch, jax.random.PRNGKey(0), config
+        (loss, _), grads = found.loss("rnd_loss", *inputs, draws=draws)
+        found.hold("losses", loss, d["explore/loss/rnd"][k])
+        seen = found.call(with_rows, agent.observation_moments, batch.observations)
+        paid = found.call(with_rows, agent.bonus_moments, bonus)
+        predictor = agent.predictor.apply_gradients(grads=grads)
+        agent = agent.replace(predictor=predictor, observation_moments=seen, bonus_moments=paid)
+        if k < 2:
+            hold_moments(d, found, "explore/rnd", k + 1, agent)
+        if k in (0, 2):
+            hold_params(found, d, f"explore/after{k + 1}", agent, RND)
 
 
 # ------------------------------------------------------------------------------------------- Table

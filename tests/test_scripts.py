@@ -54,6 +54,7 @@ DIFFS = {  # changed lines, module docstrings left out
     ("baselines/td3_bc.py", "baselines/rebrac.py"): 120,
     ("baselines/td3_bc.py", "algorithms/apl.py"): 110,
     ("algorithms/iql.py", "algorithms/cql.py"): 300,
+    ("algorithms/iql.py", "algorithms/ooo.py"): 200,
     ("algorithms/cql.py", "algorithms/sac_finetune.py"): 220,
 }
 
