@@ -367,8 +367,7 @@ def adaptive_round(agents, buffers, run, first, last):
         rngs = [np.random.default_rng(config.seed + i) for i in range(config.num_seeds)]
         rows = np.stack([rng.integers(len(dataset.rewards), size=capacity) for rng in rngs])
         buffers = jax.tree.map(lambda x: x[rows], dataset)  # (S, C, ...)
-        once = dataclasses.replace(config, eval_episodes=1)
-        score = evaluate(agents, envs, {"reference": config.reference_returns}, once)["score"]
+        score = evaluate(agents, envs, {"reference": config.reference_returns}, config, 0)["score"]
         offline, average = jax.tree.map(jnp.copy, agents.actor.params), jnp.float32(score / 100)
         agents = agents.replace(offline_actor_params=offline, average_score=average)
     train = partial(ruled_round, update=online_update)

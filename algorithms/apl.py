@@ -70,7 +70,7 @@ class Config:
     offline_steps: int = 100_000  # updates on the dataset
     online_steps: int = 100_000  # environment steps after that, per seed
     interval: int = 10_000  # updates or environment steps per round: train, evaluate, save
-    eval_episodes: int = 5  # per evaluation and seed
+    eval_episodes: int = 5  # per evaluation and seed; more than 10 in tens
     run_dir: str = ""  # folder of this run; default: runs/<script>/<dataset>/seed<seed>
     init_from: str = ""  # folder of a finished run: skip all but the last phase, use its agents
     wandb: bool = False  # also log to Weights & Biases
