@@ -21,26 +21,25 @@ once; whether a policy becomes the new reference is decided by rolling it out in
     python algorithms/uni_o4.py --online-steps 0 --dataset mujoco/hopper/medium-v0  # offline only
     python algorithms/uni_o4.py --dataset "" --env-id Hopper-v5 --shift friction=0.4,mass=1.3
 
-The last is the paper's sim-to-real story: a policy is trained in the plain world, plays in one of
-other physics (where it is evaluated from the beginning) for collect_steps, is improved offline on
-these data alone, and fine-tuned there.
+The last is the paper's sim-to-real story: a policy trained in the plain world plays in one of other
+physics (where it is evaluated from the beginning) for collect_steps, is improved offline on these
+data alone, and fine-tuned there.
 
 Deviations from the paper: (c) as in the authors' code, which the presets *-code bring back
  1. AM-Q asks candidate and incumbent from the same states with the same noise, sums Q, and deploys
     the last accepted policy; theirs averages Q over the rows alive, compares with the best score
     ever seen, deploys the last policy (c, and in mazes). One elite steps each row.
  2. `heuristic`, the diversity term, is theirs: with a constant denominator its gradient is that of
-    cloning again, which Adam scales away. `specialise` does something (published by nobody; the
-    first edition's records were made with it).
+    cloning again, which Adam scales away. `specialise` works, but is nobody's published setting.
  3. AM-Q alone chooses the member; theirs is the best of three by its score in the environment.
  4. A time limit is no termination. Actions are clipped to the box before Q sees them.
  5. Online the log-std passes tanh once, V's change is not clipped; theirs: twice, by 0.05 (c).
  6. One reward scale serves all phases; no running scale, V is not fitted again.
  7. IQL's critics everywhere; two of their scripts use SARSA and Monte-Carlo. Orthogonal layers with
     gain sqrt(2), but small outputs of the policies, whose std begins at 0.5 (theirs 0.08).
- 8. The model sees the agent's units, divided by the data's std plus 1e-3 (theirs: 1e-10); its
-    members draw from all rows (theirs: from a bootstrap sample each); a round ends an epoch. The
-    offline clip is constant (theirs from update 200 on). Members are cloned side by side.
+ 8. The model sees the agent's units, divided by the data's std plus 1e-3 (theirs: 1e-10), its
+    members all rows (theirs: a bootstrap sample each); a round ends an epoch. The offline clip is
+    constant (theirs from update 200 on). Members are cloned side by side.
  9. Where their scripts search horizons or learning rates, a preset has one; pointmaze is ours.
 10. Rounds begin with fresh episodes, the last ones are cut off, as by a time limit.
 """
@@ -514,13 +513,12 @@ def clone(agent, batch, config):
 
 def fit_critics(agent, batch, config):
     """One update of IQL: V, Q at the new V, and in every second update the target Q."""
-    inputs = agent, batch, None, config
-    value, value_info = gradient_step(agent.offline_value, expectile_loss, *inputs)
+    value, info = gradient_step(agent.offline_value, expectile_loss, agent, batch, None, config)
     agent = agent.replace(offline_value=value)
-    critic, info = gradient_step(agent.critic, critic_loss, agent, batch, None, config)
+    critic, critic_info = gradient_step(agent.critic, critic_loss, agent, batch, None, config)
     tau = jnp.where(critic.step % 2 == 0, config.tau, 0.0)
     target = optax.incremental_update(critic.params, agent.target_critic_params, tau)
-    return agent.replace(critic=critic, target_critic_params=target), value_info | info
+    return agent.replace(critic=critic, target_critic_params=target), info | critic_info
 
 
 def fit_dynamics(agent, batch, config):
@@ -536,14 +534,13 @@ def improve_members(agent, batch, config):
     key, noise_key = jax.random.split(agent.key)
     keys = jax.random.split(noise_key, config.num_members)  # (N, 2)
     offline = dict(clip_ratio=config.improvement_clip_ratio, entropy_weight=0.0)
-    offline = dataclasses.replace(config, **offline)
-    x, value = batch.observations, agent.offline_value
+    offline, x = dataclasses.replace(config, **offline), batch.observations
+    v = agent.offline_value.apply_fn(agent.offline_value.params, x)  # (B,)
 
     def one_member(member, reference, key):
         policy = member.apply_fn(reference, x)
         actions = policy.sample(seed=key)  # (B, A)
         q = agent.critic.apply_fn(agent.critic.params, x, jnp.clip(actions, -1.0, 1.0))  # (K, B)
-        v = value.apply_fn(value.params, x)  # (B,)
         raw = q.min(axis=0) - v  # (B,)
         advantages = (raw - raw.mean()) / (raw.std() + 1e-10)  # (B,)
         samples = Sample(x, actions, policy.log_prob(actions), advantages, v, v)
@@ -620,8 +617,7 @@ def judge_models(agent, held, config):
     many = jax.tree.map(lambda x: jnp.stack([x] * config.num_models), held)  # (M, B, ...)
     mean, _ = predict(agent, agent.dynamics.params, many.observations, many.actions)
     errors = ((mean - model_targets(many)) ** 2).mean(axis=(1, 2))  # (M,)
-    patient = agent.stale_epochs < config.model_patience
-    better = (errors < 0.99 * agent.best_errors) & patient  # (M,)
+    better = (errors < 0.99 * agent.best_errors) & (agent.stale_epochs < config.model_patience)
     keep = partial(jax.vmap(jnp.where), better)
     return agent.replace(
         best_models=jax.tree.map(keep, agent.dynamics.params["models"], agent.best_models),
@@ -807,17 +803,14 @@ def pretraining(config):
 def pretrain_round(agents, buffers, run, first, last):
     """PPO from nothing in the world without --shift; between rounds with the later optimisers."""
     config, dataset, envs, bar = run
-    plain = source_of(envs) | {"environment": gym.make(config.env_id).spec.to_json()}
-    mode = gym.vector.AutoresetMode.SAME_STEP
-    plain = gym.vector.SyncVectorEnv([partial(make_env, plain)], autoreset_mode=mode)
+    plain = envs.env_fns[0].args[0] | {"environment": gym.make(config.env_id).spec.to_json()}
+    envs = gym.vector.SyncVectorEnv([partial(make_env, plain)], autoreset_mode=envs.autoreset_mode)
     config, actor_adam, value_adam = pretraining(config)
-    actor = agents.actor.replace(tx=actor_adam)
-    value = agents.value.replace(tx=value_adam)
-    later, agents = agents, agents.replace(actor=actor, value=value)
-    run = config, dataset, plain, bar
+    later_actor, later_value = agents.actor.tx, agents.value.tx
+    actor, value = agents.actor.replace(tx=actor_adam), agents.value.replace(tx=value_adam)
+    agents, run = agents.replace(actor=actor, value=value), (config, dataset, envs, bar)
     agents, buffers, info = on_policy_round(agents, buffers, run, first, last)
-    actor = agents.actor.replace(tx=later.actor.tx)
-    value = agents.value.replace(tx=later.value.tx)
+    actor, value = agents.actor.replace(tx=later_actor), agents.value.replace(tx=later_value)
     return agents.replace(actor=actor, value=value), buffers, info
 
 
@@ -825,8 +818,8 @@ def collect_round(agents, buffers, run, first, last):
     """The policy plays, without an update. It is what all members will start from."""
     play = partial(online_round, update=improve, warmup=last)
     agents, buffers, info = play(agents, buffers, run, first, last)
-    copies = partial(jnp.repeat, repeats=run[0].num_members, axis=1)
-    many = jax.tree.map(lambda x: copies(x[:, None]), agents.actor.params)  # (S, N, ...)
+    copies = [agents.actor.params] * run[0].num_members
+    many = jax.tree.map(lambda *xs: jnp.stack(xs, axis=1), *copies)  # (S, N, ...)
     references = agents.references.replace(params=many)
     return agents.replace(references=references), buffers, info
 
@@ -838,11 +831,6 @@ def on_own_rows(agents, buffers, run, first, last, train):
         dataset = jax.tree.map(lambda x: x[0], buffers)
         dataset = dataset.replace(actions=jnp.clip(dataset.actions, -1.0, 1.0))  # stored raw
     return train(agents, buffers, (config, dataset, *rest), first, last)
-
-
-def source_of(envs):
-    """The source (load_dataset's) that `main` has made the environments from."""
-    return envs.env_fns[0].args[0]
 
 
 def dynamics_round(agents, buffers, run, first, last):
@@ -877,7 +865,8 @@ def dynamics_round(agents, buffers, run, first, last):
 def improvement_round(agents, buffers, run, first, last):
     """Updates of the members, and after every `amq_interval` of them a query of AM-Q."""
     config, dataset, envs, _ = run
-    units, infos = [jnp.float32(x) for x in source_of(envs)["units"]["observations"]], []
+    source, infos = envs.env_fns[0].args[0], []  # what `main` has made the environments from
+    units = [jnp.float32(x) for x in source["units"]["observations"]]
     if first == 0:
         params = jax.tree.map(jnp.copy, agents.references.params)
         agents = agents.replace(members=agents.members.replace(params=params))
