@@ -758,17 +758,17 @@ def phases(config):
     """The run, phase by phase: name, number of steps, and what one round of them does."""
     if config.interval % config.rollout_steps or config.rollout_steps % config.minibatch_size:
         raise SystemExit("--interval, --rollout-steps, --minibatch-size: multiples of the next")
+    cloning, fitting = (partial(offline_round, update=x) for x in (clone, fit_critics))
     if config.dataset:
-        yield "clone", config.cloning_steps, cloning_round
+        yield "clone", config.cloning_steps, partial(on_own_rows, cloning, successes=True)
     else:
         if config.num_seeds > 1 or config.online_steps < config.collect_steps:
             raise SystemExit("no --dataset: --num-seeds 1, --collect-steps up to --online-steps")
         yield "pretrain", config.pretrain_steps, pretrain_round
         yield "collect", config.collect_steps, collect_round
-    fit = partial(offline_round, update=fit_critics)
-    yield "critic", config.critic_steps, partial(on_own_rows, train=fit)
-    yield "dynamics", config.dynamics_steps, partial(on_own_rows, train=dynamics_round)
-    yield "offline", config.offline_steps, partial(on_own_rows, train=improvement_round)
+    yield "critic", config.critic_steps, partial(on_own_rows, fitting)
+    yield "dynamics", config.dynamics_steps, partial(on_own_rows, dynamics_round)
+    yield "offline", config.offline_steps, partial(on_own_rows, improvement_round)
     yield "online", config.online_steps, on_policy_round
 
 
@@ -778,17 +778,6 @@ def shorter_rounds(rounds, config):
         size = config.offline_interval if phase == "offline" else config.interval
         for begin in range(first, last, size):
             yield phase, train, begin, min(begin + size, last)
-
-
-def cloning_round(agents, buffers, run, first, last):
-    """Behaviour cloning; with --successes-only of rows from which on their episode has a reward."""
-    config, dataset, *rest = run
-    if config.successes_only:
-        begins = np.flatnonzero(dataset.ends)[:-1] + 1
-        episodes = np.split(dataset.rewards > config.reward_shift + 1e-6, begins)
-        ahead = np.concatenate([x[::-1].cumsum()[::-1] > 0 for x in episodes])  # (D,)
-        dataset = jax.tree.map(lambda x: x[ahead], dataset)
-    return offline_round(agents, buffers, (config, dataset, *rest), first, last, update=clone)
 
 
 @lru_cache
@@ -824,12 +813,18 @@ def collect_round(agents, buffers, run, first, last):
     return agents.replace(references=references), buffers, info
 
 
-def on_own_rows(agents, buffers, run, first, last, train):
-    """A round of `train` on the dataset or, where there is none, on the rows collected."""
+def on_own_rows(train, agents, buffers, run, first, last, successes=False):
+    """A round of `train` on the dataset or, where there is none, on the rows collected. With
+    `successes` and --successes-only on those from which on their episode has a reward."""
     config, dataset, *rest = run
     if not config.dataset:
         dataset = jax.tree.map(lambda x: x[0], buffers)
         dataset = dataset.replace(actions=jnp.clip(dataset.actions, -1.0, 1.0))  # stored raw
+    if successes and config.successes_only:
+        begins = np.flatnonzero(dataset.ends)[:-1] + 1
+        episodes = np.split(dataset.rewards > config.reward_shift + 1e-6, begins)
+        ahead = np.concatenate([x[::-1].cumsum()[::-1] > 0 for x in episodes])  # (D,)
+        dataset = jax.tree.map(lambda x: x[ahead], dataset)
     return train(agents, buffers, (config, dataset, *rest), first, last)
 
 
