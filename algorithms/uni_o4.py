@@ -1,9 +1,9 @@
 """Uni-O4: one on-policy objective, PPO's, for offline improvement and online fine-tuning.
 
 Off-policy critics are why agents collapse at the switch from data to environment. Uni-O4 has no
-switch: offline, PPO improves behaviour-cloned policies on dataset states, against an advantage of
-critics that are fitted once; whether a policy becomes the new reference is decided by rolling it
-out in a learned model (AM-Q). Online, PPO goes on with the chosen policy and the offline V.
+switch: offline, PPO improves cloned policies on dataset states, against critics that are fitted
+once; whether a policy becomes the new reference is decided by rolling it out in a learned model
+(AM-Q). Online, PPO goes on with the best policy and the offline V.
 
     Lei, He, Lu, Hu, Gao, Xu: Uni-O4, arXiv 2311.03351
 
@@ -21,27 +21,25 @@ out in a learned model (AM-Q). Online, PPO goes on with the chosen policy and th
     python algorithms/uni_o4.py --online-steps 0 --dataset mujoco/hopper/medium-v0  # offline only
     python algorithms/uni_o4.py --dataset "" --env-id Hopper-v5 --shift friction=0.4,mass=1.3
 
-The last is the paper's sim-to-real story told in simulation. Without a dataset a policy is trained
-in the plain world, taken to one of other physics (where it is evaluated from the beginning), plays
-there for collect_steps, is improved offline on these data alone, and fine-tuned in that world.
+The last is the paper's sim-to-real story: a policy trained in the plain world plays in one of other
+physics (where it is evaluated from the beginning) for collect_steps, is improved offline on these
+data alone, and fine-tuned there.
 
 Deviations from the paper: (c) as in the authors' code, which the presets *-code bring back
- 1. AM-Q asks candidate and incumbent from the same dataset states with the same noise, sums Q, and
-    the last accepted policy is deployed; theirs averages Q over the rows alive, compares with the
-    best score ever seen, and deploys the last policy (c, and in mazes). One elite steps each row.
- 2. The diversity term, `heuristic`, is theirs. They take its denominator as a constant, so that its
-    gradient is that of cloning again, which Adam scales away: it does nothing. `specialise` does
-    (nobody's published setting; the first edition's records were made with it).
- 3. The member is chosen by AM-Q alone; theirs is the best of three by its score in the environment.
+ 1. AM-Q asks candidate and incumbent from the same states with the same noise, sums Q, and deploys
+    the last accepted policy; theirs averages Q over the rows alive, compares with the best score
+    ever seen, deploys the last policy (c, and in mazes). One elite steps each row.
+ 2. `heuristic`, the diversity term, is theirs: with a constant denominator its gradient is that of
+    cloning again, which Adam scales away. `specialise` works, but is nobody's published setting.
+ 3. AM-Q alone chooses the member; theirs is the best of three by its score in the environment.
  4. A time limit is no termination. Actions are clipped to the box before Q sees them.
  5. Online the log-std passes tanh once, V's change is not clipped; theirs: twice, by 0.05 (c).
  6. One reward scale serves all phases; no running scale, V is not fitted again.
  7. IQL's critics everywhere; two of their scripts use SARSA and Monte-Carlo. Orthogonal layers with
     gain sqrt(2), but small outputs of the policies, whose std begins at 0.5 (theirs 0.08).
- 8. The model sees the agent's units, divided by the data's std plus 1e-3 (theirs: 1e-10); all its
-    members draw from all rows (theirs: from a bootstrap sample each), and a round ends an epoch.
-    Offline the clip is constant; theirs falls to that value in the first 200 updates. Members are
-    cloned side by side.
+ 8. The model sees the agent's units, divided by the data's std plus 1e-3 (theirs: 1e-10), its
+    members all rows (theirs: a bootstrap sample each); a round ends an epoch. The offline clip is
+    constant (theirs from update 200 on). Members are cloned side by side.
  9. Where their scripts search horizons or learning rates, a preset has one; pointmaze is ours.
 10. Rounds begin with fresh episodes, the last ones are cut off, as by a time limit.
 """
@@ -159,66 +157,56 @@ class Config:
         return self.rollout_steps // self.minibatch_size
 
 
-HOPPER = dict(normalize_observations=True, reward_scale=0.1, termination="hopper")
-LOCOMOTION = dict(normalize_observations=True, online_learning_rate=3e-5, epochs=30)
-WALKER2D = LOCOMOTION | dict(termination="walker2d")
-CHEETAH = LOCOMOTION | dict(activation="tanh", reward_scale=0.1, termination="halfcheetah")
-LARGE_MODEL = dict(model_hidden_dims=(400,) * 4, model_learning_rate=3e-4)
-ADROIT = LARGE_MODEL | dict(
-    improvement_learning_rate=1e-5, online_learning_rate=6e-6, minibatch_size=256, horizon=50,
-    model_patience=10,
-)  # fmt: skip
-HUMAN = dict(model_patience=20)  # few rows
-PEN = ADROIT | dict(reward_scale=0.1, termination="pen")
-HAMMER = ADROIT | dict(reward_scale=0.1, normalize_observations=True, activation="tanh")
-RELOCATE = ADROIT | dict(activation="tanh")
-FRANKA = LARGE_MODEL | dict(
-    cloning_steps=200_000, critic_steps=1_000_000, offline_steps=1_000, offline_interval=100,
-    improvement_learning_rate=1e-5, improvement_clip_ratio=0.2, model_patience=20, horizon=4,
-    normalize_observations=True,
-)  # fmt: skip
-COMPLETE = dict(cloning_steps=100_000, critic_steps=500_000, horizon=10)
-MAZE = LARGE_MODEL | dict(
-    reward_scale=10.0, reward_shift=-5.0, expectile=0.9, critic_hidden_dims=(256,) * 3,
-    value_hidden_dims=(256,) * 3, improvement_learning_rate=3e-5, horizon=70, amq="code",
-    termination="maze", successes_only=True, eval_episodes=50, interval=51_200,
-)  # fmt: skip
 CPU = dict(  # what a CPU does in minutes
     cloning_steps=10_000, critic_steps=30_000, dynamics_steps=4_000, offline_steps=2_000,
     online_steps=100_000, critic_hidden_dims=(256, 256), value_hidden_dims=(256, 256), horizon=100,
-    offline_interval=500, collect_steps=51_200,
-)  # fmt: skip
-PRESETS = {  # auto: the first whose name is in the dataset's or the environment's, else mujoco
-    "sac-medium-replay": HOPPER | CPU,
-    "hopper/medium-expert": HOPPER | dict(online_learning_rate=6e-6, epochs=5),
-    "hopper": HOPPER,
-    "walker2d/medium-replay": WALKER2D | dict(critic_steps=500_000),
-    "walker2d/medium-expert": WALKER2D | dict(online_learning_rate=2e-5),
-    "walker2d/medium": WALKER2D | dict(dynamics_steps=117_210),  # 30 epochs
-    "walker2d": WALKER2D,
-    "halfcheetah/medium-replay": CHEETAH | dict(normalize_observations=False, epochs=20),
-    "halfcheetah/medium-expert": CHEETAH
-    | dict(activation="relu", online_learning_rate=2e-5, epochs=10),
-    "halfcheetah": CHEETAH,
-    "pen/human": PEN | HUMAN | dict(cloning_steps=200_000, critic_steps=1_000_000),
-    "handpen": PEN,
-    "hammer/human": HAMMER | HUMAN,
-    "hammer": HAMMER,
-    "relocate/human": RELOCATE | HUMAN,
-    "relocate": RELOCATE,
-    "door/human": ADROIT | HUMAN | dict(offline_steps=5_000, improvement_clip_ratio=0.24),
-    "adroit": ADROIT,
-    "kitchen/complete": FRANKA | COMPLETE | dict(normalize_observations=False),
-    "kitchen/mixed": FRANKA | dict(diversity_weight=0.0),
-    "kitchen": FRANKA,
-    "antmaze/umaze-diverse": MAZE | dict(model_hidden_dims=(200,) * 4, model_learning_rate=1e-3),
-    "antmaze/medium": MAZE | dict(horizon=150),
-    "antmaze/large": MAZE | dict(horizon=200),
-    "antmaze": MAZE,
-    "pointmaze": MAZE,
-    "mujoco": LOCOMOTION,
-}
+    offline_interval=500, collect_steps=51_200)  # fmt: skip
 CODE = dict(amq="code", squash_std_twice=True, value_clip=0.05)
+LARGE_MODEL = dict(model_hidden_dims=(400,) * 4, model_learning_rate=3e-4)
+CHANGES = (  # a preset, the one it inherits from, what it changes; special ones behind general ones
+    ("mujoco", "", dict(normalize_observations=True, online_learning_rate=3e-5, epochs=30)),
+    ("hopper", "", dict(normalize_observations=True, reward_scale=0.1, termination="hopper")),
+    ("hopper/medium-expert", "hopper", dict(online_learning_rate=6e-6, epochs=5)),
+    ("sac-medium-replay", "hopper", CPU),
+    ("walker2d", "mujoco", dict(termination="walker2d")),
+    ("walker2d/medium", "walker2d", dict(dynamics_steps=117_210)),  # 30 epochs
+    ("walker2d/medium-expert", "walker2d", dict(online_learning_rate=2e-5)),
+    ("walker2d/medium-replay", "walker2d", dict(critic_steps=500_000)),
+    ("halfcheetah", "mujoco", dict(activation="tanh", reward_scale=0.1, termination="halfcheetah")),
+    ("halfcheetah/medium-expert", "halfcheetah", dict(activation="relu", online_learning_rate=2e-5,
+                                                      epochs=10)),
+    ("halfcheetah/medium-replay", "halfcheetah", dict(normalize_observations=False, epochs=20)),
+    ("adroit", "", dict(improvement_learning_rate=1e-5, online_learning_rate=6e-6, horizon=50,
+                        minibatch_size=256, model_patience=10, **LARGE_MODEL)),
+    ("handpen", "adroit", dict(reward_scale=0.1, termination="pen")),
+    ("pen/human", "handpen", dict(cloning_steps=200_000, critic_steps=1_000_000,
+                                  model_patience=20)),
+    ("hammer", "adroit", dict(reward_scale=0.1, normalize_observations=True, activation="tanh")),
+    ("hammer/human", "hammer", dict(model_patience=20)),  # few rows
+    ("relocate", "adroit", dict(activation="tanh")),
+    ("relocate/human", "relocate", dict(model_patience=20)),
+    ("door/human", "adroit", dict(offline_steps=5_000, improvement_clip_ratio=0.24,
+                                  model_patience=20)),
+    ("kitchen", "", dict(cloning_steps=200_000, critic_steps=1_000_000, offline_steps=1_000,
+                         offline_interval=100, improvement_learning_rate=1e-5, horizon=4,
+                         improvement_clip_ratio=0.2, model_patience=20,
+                         normalize_observations=True, **LARGE_MODEL)),
+    ("kitchen/complete", "kitchen", dict(cloning_steps=100_000, critic_steps=500_000, horizon=10,
+                                         normalize_observations=False)),
+    ("kitchen/mixed", "kitchen", dict(diversity_weight=0.0)),
+    ("pointmaze", "", dict(reward_scale=10.0, reward_shift=-5.0, expectile=0.9, horizon=70,
+                           critic_hidden_dims=(256,) * 3, value_hidden_dims=(256,) * 3,
+                           improvement_learning_rate=3e-5, amq="code", termination="maze",
+                           successes_only=True, eval_episodes=50, interval=51_200, **LARGE_MODEL)),
+    ("antmaze", "pointmaze", dict()),
+    ("antmaze/large", "antmaze", dict(horizon=200)),
+    ("antmaze/medium", "antmaze", dict(horizon=150)),
+    ("antmaze/umaze-diverse", "antmaze", dict(model_hidden_dims=(200,) * 4,
+                                              model_learning_rate=1e-3)),
+)  # fmt: skip
+PRESETS = {}  # auto: the first whose name is in the dataset's or the environment's, else mujoco
+for preset, parent, changes in CHANGES:
+    PRESETS = {preset: PRESETS.get(parent, {}) | changes} | PRESETS
 PRESETS |= {f"{name}-code": settings | CODE for name, settings in PRESETS.items()}
 PRESETS |= {f"{name}-cpu": PRESETS[name] | CPU for name in ("hopper", "walker2d", "halfcheetah")}
 INIT_FROM = ("uni_o4", "ppo")  # scripts whose agents --init-from takes
@@ -365,10 +353,10 @@ def create_agent(key, observation, action, config):
     value = Value(config.value_hidden_dims)
     model = DynamicsModel(config.model_hidden_dims, observation.shape[1] + 1)
     inputs = jnp.concatenate([observation, action], axis=1)  # (1, O + A)
-    init_all = jax.vmap(policy.init, (0, None))
-    policies = init_all(jax.random.split(members_key, config.num_members), observation)
-    init_all = jax.vmap(model.init, (0, None))
-    models = init_all(jax.random.split(models_key, config.num_models), inputs)
+    member_keys = jax.random.split(members_key, config.num_members)  # (N, 2)
+    model_keys = jax.random.split(models_key, config.num_models)  # (M, 2)
+    policies = jax.vmap(policy.init, (0, None))(member_keys, observation)
+    models = jax.vmap(model.init, (0, None))(model_keys, inputs)
     ones = jnp.ones(observation.shape[1] + 1)  # (O + 1,)
     dynamics = {"models": models, "high": 0.5 * ones, "low": -10.0 * ones}
     critic_params = critic.init(critic_key, observation, action)
@@ -378,8 +366,8 @@ def create_agent(key, observation, action, config):
     actor_adam = clipped_adam(config.online_learning_rate, config)
     value_adam = clipped_adam(config.value_learning_rate, config)
     rate = config.improvement_learning_rate, 0.0, max(1, config.offline_steps)
-    ppo = optax.adam(optax.linear_schedule(*rate))
-    ppo = optax.chain(optax.clip_by_global_norm(config.max_grad_norm), ppo)
+    bound = optax.clip_by_global_norm(config.max_grad_norm)
+    ppo = optax.chain(bound, optax.adam(optax.linear_schedule(*rate)))
     members = jax.vmap(partial(make, apply_fn=policy.apply, tx=ppo))(params=copy(policies))
     first = jax.tree.map(lambda x: x[0], policies)
     return Agent(
@@ -524,13 +512,12 @@ def clone(agent, batch, config):
 
 def fit_critics(agent, batch, config):
     """One update of IQL: V, Q at the new V, and in every second update the target Q."""
-    inputs = agent, batch, None, config
-    value, value_info = gradient_step(agent.offline_value, expectile_loss, *inputs)
+    value, info = gradient_step(agent.offline_value, expectile_loss, agent, batch, None, config)
     agent = agent.replace(offline_value=value)
-    critic, info = gradient_step(agent.critic, critic_loss, agent, batch, None, config)
+    critic, critic_info = gradient_step(agent.critic, critic_loss, agent, batch, None, config)
     tau = jnp.where(critic.step % 2 == 0, config.tau, 0.0)
     target = optax.incremental_update(critic.params, agent.target_critic_params, tau)
-    return agent.replace(critic=critic, target_critic_params=target), value_info | info
+    return agent.replace(critic=critic, target_critic_params=target), info | critic_info
 
 
 def fit_dynamics(agent, batch, config):
@@ -546,14 +533,13 @@ def improve_members(agent, batch, config):
     key, noise_key = jax.random.split(agent.key)
     keys = jax.random.split(noise_key, config.num_members)  # (N, 2)
     offline = dict(clip_ratio=config.improvement_clip_ratio, entropy_weight=0.0)
-    offline = dataclasses.replace(config, **offline)
-    x, value = batch.observations, agent.offline_value
+    offline, x = dataclasses.replace(config, **offline), batch.observations
+    v = agent.offline_value.apply_fn(agent.offline_value.params, x)  # (B,)
 
     def one_member(member, reference, key):
         policy = member.apply_fn(reference, x)
         actions = policy.sample(seed=key)  # (B, A)
         q = agent.critic.apply_fn(agent.critic.params, x, jnp.clip(actions, -1.0, 1.0))  # (K, B)
-        v = value.apply_fn(value.params, x)  # (B,)
         raw = q.min(axis=0) - v  # (B,)
         advantages = (raw - raw.mean()) / (raw.std() + 1e-10)  # (B,)
         samples = Sample(x, actions, policy.log_prob(actions), advantages, v, v)
@@ -627,12 +613,10 @@ def act(agent, observations, config):
 def judge_models(agent, held, config):
     """Keep the parameters of every model whose error on hold-out rows has fallen by more than 1 %,
     as long as there is patience."""
-    shape = config.num_models, len(held.rewards)
-    many = jax.tree.map(lambda x: jnp.broadcast_to(x, (*shape, *x.shape[1:])), held)
+    many = jax.tree.map(lambda x: jnp.stack([x] * config.num_models), held)  # (M, B, ...)
     mean, _ = predict(agent, agent.dynamics.params, many.observations, many.actions)
     errors = ((mean - model_targets(many)) ** 2).mean(axis=(1, 2))  # (M,)
-    patient = agent.stale_epochs < config.model_patience
-    better = (errors < 0.99 * agent.best_errors) & patient  # (M,)
+    better = (errors < 0.99 * agent.best_errors) & (agent.stale_epochs < config.model_patience)
     keep = partial(jax.vmap(jnp.where), better)
     return agent.replace(
         best_models=jax.tree.map(keep, agent.dynamics.params["models"], agent.best_models),
@@ -641,17 +625,16 @@ def judge_models(agent, held, config):
     )
 
 
-def terminated(observations, rule):
+def terminated(x, rule):
     """Whether an episode ends in raw observations (B, O), by the environment's own rule."""
-    x = observations
+    small = (jnp.abs(x) < 100).all(axis=1)  # (B,)
     if rule == "hopper":
-        upright = (x[:, 0] > 0.7) & (jnp.abs(x[:, 1]) < 0.2)
-        return ~(upright & (jnp.abs(x[:, 1:]) < 100).all(axis=1))
+        high, upright = x[:, 0] > 0.7, jnp.abs(x[:, 1]) < 0.2
+        return ~(high & upright & (jnp.abs(x[:, 1:]) < 100).all(axis=1))
     if rule == "walker2d":
-        upright = (x[:, 0] > 0.8) & (x[:, 0] < 2.0) & (jnp.abs(x[:, 1]) < 1.0)
-        return ~(upright & (jnp.abs(x) < 100).all(axis=1))
+        return ~((x[:, 0] > 0.8) & (x[:, 0] < 2.0) & (jnp.abs(x[:, 1]) < 1.0) & small)
     if rule == "halfcheetah":
-        return (jnp.abs(x) >= 100).any(axis=1)
+        return ~small
     if rule == "pen":
         return x[:, 26] < 0.075
     if rule == "maze":  # achieved and desired goal come first; 0.45 is the environment's radius
@@ -663,27 +646,23 @@ def amq_scores(agent, params, key, states, units, config):
     """AM-Q (N,) of N policies, from P of the dataset's states (D, O). The paper's: asked with the
     same key, policies start from the same states and meet the same noise."""
     elites = jnp.argsort(agent.best_errors)[: config.num_elites]  # (E,)
-    models = {"models": jax.tree.map(lambda x: x[elites], agent.best_models)}
-    models = agent.dynamics.params | models
-
-    def model_step(x, actions, key):
-        """The next observations (P, O): each of one elite, of every elite as many."""
-        order_key, noise_key = jax.random.split(key)
-        order = jax.random.permutation(order_key, len(x)).reshape(config.num_elites, -1)
-        mean, log_var = predict(agent, models, x[order], actions[order])  # (E, P / E, O + 1)
-        noise = jax.random.normal(noise_key, mean.shape)
-        change = (mean + jnp.exp(0.5 * log_var) * noise)[..., :-1]  # (E, P / E, O)
-        return x.at[order.reshape(-1)].add(change.reshape(x.shape))
+    models = jax.tree.map(lambda x: x[elites], agent.best_models)
+    models = agent.dynamics.params | {"models": models}
 
     def one_policy(params, key):
         def step(_, carry):
             x, alive, total, count, key = carry  # (P, O), (P,), (), (), (2,)
-            key, model_key = jax.random.split(key)
             policy = agent.references.apply_fn(params, x)
             actions = jnp.clip(policy.mean(), -1.0, 1.0)  # (P, A)
             q = agent.critic.apply_fn(agent.critic.params, x, actions).min(axis=0)  # (P,)
             total, count = total + jnp.where(alive, q, 0.0).sum(), count + alive.sum()
-            following = model_step(x, actions, model_key)  # (P, O)
+            key, model_key = jax.random.split(key)
+            order_key, noise_key = jax.random.split(model_key)
+            order = jax.random.permutation(order_key, len(x))  # every elite steps as many rows
+            order = order.reshape(config.num_elites, -1)  # (E, P / E)
+            mean, log_var = predict(agent, models, x[order], actions[order])  # (E, P / E, O + 1)
+            change = mean + jnp.exp(0.5 * log_var) * jax.random.normal(noise_key, mean.shape)
+            following = x.at[order].add(change[..., :-1])  # (P, O)
             raw = (following - units[1]) / units[0]  # (P, O)
             alive &= ~terminated(raw, config.termination) & jnp.isfinite(raw).all(axis=1)
             return jnp.where(alive[:, None], following, x), alive, total, count, key
@@ -700,23 +679,24 @@ def amq_scores(agent, params, key, states, units, config):
 
 
 def query(agent, states, units, config):
-    """Ask AM-Q whether the members may become their own references, and choose whom to deploy."""
+    """Ask AM-Q whether the members may become their own references, and choose whom to deploy. V
+    online will start from the offline one."""
     key, amq_key = jax.random.split(agent.key)
-    paper, references = config.amq == "paper", agent.references.params
+    members, references = agent.members.params, agent.references.params
     ask = partial(amq_scores, key=amq_key, states=states, units=units, config=config)
-    scores, incumbent = ask(agent, agent.members.params), ask(agent, references)  # (N,), (N,)
-    if not paper:  # the best score ever, and at first the reference's
+    scores, incumbent = ask(agent, members), ask(agent, references)  # (N,), (N,)
+    if config.amq == "code":  # the best score ever, and at first the reference's
         incumbent = jnp.where(agent.scores > -1e9, agent.scores, incumbent)
     better = scores > incumbent  # (N,)
     keep = partial(jax.vmap(jnp.where), better)
-    references = jax.tree.map(keep, agent.members.params, references)
-    kept = keep(scores, incumbent)  # (N,)
-    candidates, judged = (references, kept) if paper else (agent.members.params, scores)
+    references, kept = jax.tree.map(keep, (members, scores), (references, incumbent))
+    candidates, judged = (references, kept) if config.amq == "paper" else (members, scores)
     params = jax.tree.map(lambda x: x[jnp.argmax(judged)], candidates)
     agent = agent.replace(
         references=agent.references.replace(params=references),
         scores=kept,
         actor=agent.actor.replace(params=params),
+        value=agent.value.replace(params=agent.offline_value.params),
         key=key,
     )
     info = {"amq": scores, "amq_incumbent": incumbent, "accepted": 1.0 * better}
@@ -776,22 +756,18 @@ def shifted(source, config):
 def phases(config):
     """The run, phase by phase: name, number of steps, and what one round of them does."""
     if config.interval % config.rollout_steps or config.rollout_steps % config.minibatch_size:
-        raise SystemExit(
-            "--interval must be a multiple of --rollout-steps, that of --minibatch-size"
-        )
+        raise SystemExit("--interval, --rollout-steps, --minibatch-size: multiples of the next")
+    cloning, fitting = (partial(offline_round, update=x) for x in (clone, fit_critics))
     if config.dataset:
-        yield "clone", config.cloning_steps, cloning_round
+        yield "clone", config.cloning_steps, partial(on_own_rows, cloning, successes=True)
     else:
         if config.num_seeds > 1 or config.online_steps < config.collect_steps:
-            raise SystemExit(
-                "without --dataset: --num-seeds 1, --collect-steps at most --online-steps"
-            )
+            raise SystemExit("no --dataset: --num-seeds 1, --collect-steps up to --online-steps")
         yield "pretrain", config.pretrain_steps, pretrain_round
         yield "collect", config.collect_steps, collect_round
-    fit = partial(offline_round, update=fit_critics)
-    yield "critic", config.critic_steps, partial(on_own_rows, train=fit)
-    yield "dynamics", config.dynamics_steps, partial(on_own_rows, train=dynamics_round)
-    yield "offline", config.offline_steps, partial(on_own_rows, train=improvement_round)
+    yield "critic", config.critic_steps, partial(on_own_rows, fitting)
+    yield "dynamics", config.dynamics_steps, partial(on_own_rows, dynamics_round)
+    yield "offline", config.offline_steps, partial(on_own_rows, improvement_round)
     yield "online", config.online_steps, on_policy_round
 
 
@@ -803,19 +779,6 @@ def shorter_rounds(rounds, config):
             yield phase, train, begin, min(begin + size, last)
 
 
-def cloning_round(agents, buffers, run, first, last):
-    """Behaviour cloning; with --successes-only of rows from which on their episode has a reward."""
-    config, dataset, envs, bar = run
-    if config.successes_only:
-        reached = np.cumsum(dataset.rewards > config.reward_shift + 1e-6)  # (D,)
-        ends = np.flatnonzero(dataset.ends)
-        lengths = np.diff(ends, prepend=-1)
-        ahead = np.repeat(reached[ends], lengths) > np.append(0, reached[:-1])  # (D,)
-        dataset = jax.tree.map(lambda x: x[np.flatnonzero(ahead)], dataset)
-    run = config, dataset, envs, bar
-    return offline_round(agents, buffers, run, first, last, update=clone)
-
-
 @lru_cache
 def pretraining(config):
     """ppo.py's settings, for a policy from nothing; its optimisers of policy and V. Cached: for jit
@@ -825,52 +788,43 @@ def pretraining(config):
     return config, clipped_adam(3e-4, config), clipped_adam(1e-3, config)
 
 
-@lru_cache
-def plain_world(envs):
-    """The training environments without --shift."""
-    source, mode = source_of(envs), gym.vector.AutoresetMode.SAME_STEP
-    spec = json.loads(source["environment"])
-    kept = [x for x in spec["additional_wrappers"] if x["name"] != "ShiftedPhysics"]
-    plain = source | {"environment": json.dumps(spec | {"additional_wrappers": kept})}
-    return gym.vector.SyncVectorEnv([partial(make_env, plain)], autoreset_mode=mode)
-
-
-def source_of(envs):
-    """The source (load_dataset's) that `main` has made the environments from."""
-    return envs.env_fns[0].args[0]
-
-
 def pretrain_round(agents, buffers, run, first, last):
-    """PPO from nothing in the plain world; between rounds the agent has its later optimisers."""
+    """PPO from nothing in the world without --shift; between rounds with the later optimisers."""
     config, dataset, envs, bar = run
-    own, actor_adam, value_adam = pretraining(config)
-    actor = agents.actor.replace(tx=actor_adam)
-    value = agents.value.replace(tx=value_adam)
-    run = own, dataset, plain_world(envs), bar
-    trained = agents.replace(actor=actor, value=value)
-    trained, buffers, info = on_policy_round(trained, buffers, run, first, last)
-    actor = trained.actor.replace(tx=agents.actor.tx)
-    value = trained.value.replace(tx=agents.value.tx)
-    return trained.replace(actor=actor, value=value), buffers, info
+    plain = envs.env_fns[0].args[0] | {"environment": gym.make(config.env_id).spec.to_json()}
+    envs = gym.vector.SyncVectorEnv([partial(make_env, plain)], autoreset_mode=envs.autoreset_mode)
+    config, actor_adam, value_adam = pretraining(config)
+    later_actor, later_value = agents.actor.tx, agents.value.tx
+    actor, value = agents.actor.replace(tx=actor_adam), agents.value.replace(tx=value_adam)
+    agents, run = agents.replace(actor=actor, value=value), (config, dataset, envs, bar)
+    agents, buffers, info = on_policy_round(agents, buffers, run, first, last)
+    actor, value = agents.actor.replace(tx=later_actor), agents.value.replace(tx=later_value)
+    return agents.replace(actor=actor, value=value), buffers, info
 
 
 def collect_round(agents, buffers, run, first, last):
     """The policy plays, without an update. It is what all members will start from."""
     play = partial(online_round, update=improve, warmup=last)
     agents, buffers, info = play(agents, buffers, run, first, last)
-    copies = partial(jnp.repeat, repeats=run[0].num_members, axis=1)
-    many = jax.tree.map(lambda x: copies(x[:, None]), agents.actor.params)  # (S, N, ...)
+    copies = [agents.actor.params] * run[0].num_members
+    many = jax.tree.map(lambda *xs: jnp.stack(xs, axis=1), *copies)  # (S, N, ...)
     references = agents.references.replace(params=many)
     return agents.replace(references=references), buffers, info
 
 
-def on_own_rows(agents, buffers, run, first, last, train):
-    """A round of `train` on the dataset or, where there is none, on the rows collected."""
-    config, dataset, envs, bar = run
+def on_own_rows(train, agents, buffers, run, first, last, successes=False):
+    """A round of `train` on the dataset or, where there is none, on the rows collected. With
+    `successes` and --successes-only on those from which on their episode has a reward."""
+    config, dataset, *rest = run
     if not config.dataset:
         dataset = jax.tree.map(lambda x: x[0], buffers)
         dataset = dataset.replace(actions=jnp.clip(dataset.actions, -1.0, 1.0))  # stored raw
-    return train(agents, buffers, (config, dataset, envs, bar), first, last)
+    if successes and config.successes_only:
+        begins = np.flatnonzero(dataset.ends)[:-1] + 1
+        episodes = np.split(dataset.rewards > config.reward_shift + 1e-6, begins)
+        ahead = np.concatenate([x[::-1].cumsum()[::-1] > 0 for x in episodes])  # (D,)
+        dataset = jax.tree.map(lambda x: x[ahead], dataset)
+    return train(agents, buffers, (config, dataset, *rest), first, last)
 
 
 def dynamics_round(agents, buffers, run, first, last):
@@ -882,13 +836,12 @@ def dynamics_round(agents, buffers, run, first, last):
     holdout = min(max(1, count // 5), 1000)
     held = jax.tree.map(lambda x: x[order[:holdout]], dataset)
     rows = jax.tree.map(lambda x: x[order[holdout:]], dataset)
-    if first == 0:
-        x = jnp.concatenate([rows.observations, rows.actions], axis=1)  # (D, O + A)
-        std = jnp.where(x.std(axis=0) < 1e-12, 1.0, x.std(axis=0))  # (O + A,)
-        mean, std = (jnp.tile(y, (config.num_seeds, 1)) for y in (x.mean(axis=0), std))
-        agents = agents.replace(input_mean=mean, input_std=std)
+    x = jnp.concatenate([rows.observations, rows.actions], axis=1)  # (D, O + A)
+    std = jnp.where(x.std(axis=0) < 1e-12, 1.0, x.std(axis=0))  # (O + A,)
+    mean, std = (jnp.tile(y, (config.num_seeds, 1)) for y in (x.mean(axis=0), std))
+    agents, losses, updates = agents.replace(input_mean=mean, input_std=std), [], 0
     wide = dataclasses.replace(config, batch_size=config.num_models * config.model_batch_size)
-    run, infos = (wide, rows, envs, bar), []
+    run = wide, rows, envs, bar
     for begin in range(first, last, epoch := -(-count // config.model_batch_size)):
         if (agents.stale_epochs >= config.model_patience).all():
             bar.update(last - begin)
@@ -896,24 +849,21 @@ def dynamics_round(agents, buffers, run, first, last):
         end = min(begin + epoch, last)
         agents, _, info = offline_round(agents, buffers, run, begin, end, update=fit_dynamics)
         agents = every_seed(agents, judge_models, held, config=config)
-        infos.append(info)
+        losses.append(info["dynamics_loss"])
+        updates += end - begin
     errors = np.sort(agents.best_errors, axis=1)[:, : config.num_elites]  # (S, E)
-    updates = sum(info["updates"] for info in infos)
-    means = {"model_error": errors.mean(axis=1), "updates": updates}
-    if infos:
-        means["dynamics_loss"] = np.mean([info["dynamics_loss"] for info in infos], axis=0)
-    return agents, buffers, means
+    means = {"dynamics_loss": np.mean(losses, axis=0)} if losses else {}
+    return agents, buffers, means | {"model_error": errors.mean(axis=1), "updates": updates}
 
 
 def improvement_round(agents, buffers, run, first, last):
-    """Updates of the members, and after every `amq_interval` of them a query of AM-Q. V online
-    will start from the offline one."""
+    """Updates of the members, and after every `amq_interval` of them a query of AM-Q."""
     config, dataset, envs, _ = run
-    units = [jnp.float32(x) for x in source_of(envs)["units"]["observations"]]
-    copy, infos = partial(jax.tree.map, jnp.copy), []
+    source, infos = envs.env_fns[0].args[0], []  # what `main` has made the environments from
+    units = [jnp.float32(x) for x in source["units"]["observations"]]
     if first == 0:
-        members = agents.members.replace(params=copy(agents.references.params))
-        agents = agents.replace(members=members)
+        params = jax.tree.map(jnp.copy, agents.references.params)
+        agents = agents.replace(members=agents.members.replace(params=params))
     for begin in range(first, last, config.amq_interval):
         end = min(begin + config.amq_interval, last)
         agents, _, info = offline_round(agents, buffers, run, begin, end, update=improve_members)
@@ -921,8 +871,7 @@ def improvement_round(agents, buffers, run, first, last):
         agents, judgement = every_seed(agents, *inputs, config=config)
         infos.append(info | jax.device_get(judgement))
     means = {name: np.mean([info[name] for info in infos], axis=0) for name in infos[0]}
-    value = agents.value.replace(params=copy(agents.offline_value.params))
-    return agents.replace(value=value), buffers, means | {"updates": last - first}
+    return agents, buffers, means | {"updates": last - first}
 
 
 def on_policy_round(agents, buffers, run, first, last):

@@ -40,6 +40,8 @@ FLAGS = [
 ]  # fmt: skip
 
 # ------------------------------------------------------------------------------------ Line budgets
+# Design.md gives uni_o4 950 lines: its three settings, AM-Q and presets do not fit; nor do MOORe's
+# models fit 720 beside a sibling of 591.
 BUDGETS = {"iql": 600, "bc": 600, "sac": 600, "td3_bc": 600, "sac_finetune": 820,
            "uni_o4": 950, "pa_rl": 950, "collect": 1110, "moore": 830}  # fmt: skip
 LATER = (
@@ -60,12 +62,7 @@ DIFFS = {  # changed lines, module docstrings left out
 }
 
 
-UNDER_WAY = pytest.mark.xfail(strict=True, reason="issue 22 is not done: still too long")
-LONG = [pytest.param(name, marks=UNDER_WAY) if "uni_o4" in name else name
-        for name in FILES]  # fmt: skip
-
-
-@pytest.mark.parametrize("name", LONG)
+@each_file
 def test_a_script_keeps_its_line_budget(name):
     lines = (ROOT / name).read_text().splitlines()
     assert len(lines) <= BUDGETS.get(os.path.basename(name)[:-3], 720)
