@@ -102,10 +102,11 @@ def script_fixture(name):
     return pytest.fixture(scope="session")(lambda: load_script(name))
 
 
-iql, cql, cal_ql, sac_finetune, pa_rl, uni_o4, td3_c, adaptive_bc = (
+iql, cql, cal_ql, sac_finetune, pa_rl, uni_o4, td3_c, adaptive_bc, boorl = (
     script_fixture(f"algorithms/{name}.py")
-    for name in ("iql", "cql", "cal_ql", "sac_finetune", "pa_rl", "uni_o4", "td3_c", "adaptive_bc")
-)
+    for name in ("iql", "cql", "cal_ql", "sac_finetune", "pa_rl", "uni_o4", "td3_c", "adaptive_bc",
+                 "boorl")
+)  # fmt: skip
 bc, fql, ppo, rebrac, rlpd, sac, td3_bc = (
     script_fixture(f"baselines/{name}.py")
     for name in ("bc", "fql", "ppo", "rebrac", "rlpd", "sac", "td3_bc")

@@ -42,11 +42,12 @@ FLAGS = [
 # ------------------------------------------------------------------------------------ Line budgets
 BUDGETS = {"iql": 600, "bc": 600, "sac": 600, "td3_bc": 600, "sac_finetune": 820,
            "uni_o4": 950, "pa_rl": 950, "collect": 1110}  # fmt: skip
-LATER = ("test_golden", "test_ogbench", "test_adaptive_bc")
+LATER = ("test_golden", "test_ogbench", "test_adaptive_bc", "test_boorl")
 DIFFS = {  # changed lines, module docstrings left out
     ("algorithms/cql.py", "algorithms/cal_ql.py"): 40,
     ("baselines/td3_bc.py", "algorithms/td3_c.py"): 110,
     ("baselines/td3_bc.py", "algorithms/adaptive_bc.py"): 120,
+    ("baselines/td3_bc.py", "algorithms/boorl.py"): 130,
     ("baselines/sac.py", "baselines/rlpd.py"): 150,
     ("baselines/td3_bc.py", "baselines/rebrac.py"): 120,
     ("algorithms/iql.py", "algorithms/cql.py"): 300,
