@@ -37,6 +37,9 @@ SCRIPTS = {  # README's table: what, paper, nearest sibling
     "algorithms/pa_rl.py": (
         "any class of policy, by optimised actions", "2412.06685", "algorithms/cal_ql.py"
     ),
+    "algorithms/boorl.py": (
+        "five TD3+BC agents, one drawn per step", "2405.20984", "baselines/td3_bc.py"
+    ),
     "algorithms/adaptive_bc.py": (
         "TD3+BC, its weight by the returns", "2210.13846", "baselines/td3_bc.py"
     ),

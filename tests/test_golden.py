@@ -208,7 +208,7 @@ def test_equals_the_authors_code(name, monkeypatch):
 
 def test_every_file_is_held_or_waits_for_its_system():
     files = {path.stem for path in GOLDEN.glob("*.npz")}
-    waiting = "apl_gcql|boorl|off2on|opal"
+    waiting = "apl_gcql|off2on|opal"
     assert files == {name for name in CASES if "-in-" not in name} | {
         name for name in files if re.match(waiting, name)
     }
@@ -919,6 +919,56 @@ def ooo_rlpd(d, found):
             hold_moments(d, found, "explore/rnd", k + 1, agent)
         if k in (0, 2):
             hold_params(found, d, f"explore/after{k + 1}", agent, RND)
+
+
+# ------------------------------------------------------------------------------------------- BOORL
+@case("algorithms/boorl.py", "boorl")
+def boorl(d, found):
+    """Three members: the losses of three online updates, the first gradients, and the choice of the
+    member that acts. Ours go through the minibatches member by member, theirs by turns."""
+    sizes = dict(hidden_dims=(8, 8), num_members=3, utd_ratio=2, batch_size=6)
+    config = found.script.Config(**sizes, discount=0.97, tau=0.1)
+    number = lambda match: f"{match[1]}/{2 * int(match[2]) + int(match[3])}/"  # noqa: E731
+    d = d | {re.sub(r"((?:before|after\d)/.*critic)/(\d)/(\d)/", number, name): x
+             for name, x in d.items()}  # fmt: skip
+    networks = networks_of(critics=6) | {  # (3, 2, ...)
+        name: (theirs, TD3_POLICY, 3)
+        for name, theirs in (("actor", "actor"), ("target_actor_params", "target_actor"))
+    }
+    agent, noise = agent_of(found.script, d, config, networks), d["noise/target"]
+    for name in ("actor", "critic"):  # an Adam of each member
+        state = getattr(agent, name)
+        state = state.replace(opt_state=jax.vmap(state.tx.init)(state.params))
+        agent = agent.replace(**{name: state})
+    for k in range(3):
+        pair = batch_of(found.script, d, 2 * k), batch_of(found.script, d, 2 * k + 1)
+        batch = jax.tree.map(lambda *xs: jnp.stack(xs), *pair)  # (2, B, ...)
+        draws = [("normal", noise[k, u, m]) for m in range(3) for u in range(2)]
+        inputs = agent, batch, config
+        agent, info = found.call("online_update", *inputs, draws=draws, eager=True)
+        ours = info["critic_loss"], info["q"], info["actor_loss"]
+        theirs = d["loss/critic"], d["value/critic_prediction"], d["loss/actor"]
+        found.hold("losses", ours, [x[k].mean() for x in theirs])
+        for m in range(3 * (k == 0)):
+            critic, _, actor = found.grads[3 * m : 3 * m + 3]
+            found.hold("gradients", critic, read(d, f"grad/critic/{m}", critic, VALUE, 2))
+            found.hold("gradients", actor, read(d, f"grad/actor/{m}", actor, TD3_POLICY))
+        if k in (0, 2):
+            hold_params(found, d, f"after{k + 1}", agent, networks)
+    key, seen = jax.random.PRNGKey(0), []
+    for scale in (1.0, 0.03, 4.0):
+        at = f"choice/scale_{scale}".replace(".", "_")
+        config = found.script.Config(**sizes, choice_scale=scale)
+        for s, member, *theirs in zip(d["choice/observations"], *(
+            d[f"{at}/{x}"] for x in ("chosen_member", "chosen_action", "logits", "probabilities")
+        ), strict=True):  # fmt: skip
+            choose = lambda key, logits, member=member: seen.append(logits) or member  # noqa: E731
+            draws = [("categorical", choose), ("normal", np.zeros(2))]
+            action = found.call("explore", agent, s, key, config, draws=draws, eager=True)
+            ours = action, seen[-1], jax.nn.softmax(seen[-1])
+            found.hold("values", ours, tuple(theirs))
+    mean = found.script.act(agent, d["choice/observations"], config)
+    found.hold("values", mean, d["choice/evaluation_action"])
 
 
 # ------------------------------------------------------------------------------------------- Table

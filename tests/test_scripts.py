@@ -52,6 +52,7 @@ DIFFS = {  # changed lines, module docstrings left out
     ("algorithms/cql.py", "algorithms/cal_ql.py"): 40,
     ("baselines/td3_bc.py", "algorithms/td3_c.py"): 110,
     ("baselines/td3_bc.py", "algorithms/adaptive_bc.py"): 120,
+    ("baselines/td3_bc.py", "algorithms/boorl.py"): 130,
     ("baselines/sac.py", "baselines/rlpd.py"): 150,
     ("baselines/td3_bc.py", "baselines/rebrac.py"): 120,
     ("baselines/td3_bc.py", "algorithms/apl.py"): 110,
