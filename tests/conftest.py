@@ -106,7 +106,7 @@ iql, cql, cal_ql, sac_finetune, pa_rl, uni_o4, td3_c, apl = (
     script_fixture(f"algorithms/{name}.py")
     for name in ("iql", "cql", "cal_ql", "sac_finetune", "pa_rl", "uni_o4", "td3_c", "apl")
 )
-awac, bc, fql, ppo, rebrac, rlpd, sac, td3_bc = (
+awac, bc, fql, pex, ppo, rebrac, rlpd, sac, td3_bc = (
     script_fixture(f"baselines/{name}.py")
-    for name in ("awac", "bc", "fql", "ppo", "rebrac", "rlpd", "sac", "td3_bc")
+    for name in ("awac", "bc", "fql", "pex", "ppo", "rebrac", "rlpd", "sac", "td3_bc")
 )
