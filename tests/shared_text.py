@@ -59,6 +59,12 @@ SCRIPTS = {  # README's table: what, paper, nearest sibling
         "TD3+BC with both penalties and LayerNorm", "2305.09836", "baselines/td3_bc.py"
     ),
     "baselines/fql.py": ("flow Q-learning", "2502.02538", "algorithms/iql.py"),
+    "baselines/awac.py": (
+        "imitation weighted by advantage", "2006.09359", "algorithms/iql.py"
+    ),
+    "baselines/pex.py": (
+        "a new policy beside the frozen one", "2302.00935", "algorithms/iql.py"
+    ),
     "baselines/rlpd.py": ("SAC with prior data, from scratch", "2302.02948", "baselines/sac.py"),
     "baselines/ppo.py": ("PPO, from scratch", "1707.06347", "baselines/sac.py"),
     "baselines/collect.py": ("makes, converts and checks datasets", "2004.07219", None),

@@ -58,6 +58,8 @@ DIFFS = {  # changed lines, module docstrings left out
     ("baselines/td3_bc.py", "algorithms/apl.py"): 110,
     ("algorithms/iql.py", "algorithms/cql.py"): 300,
     ("algorithms/iql.py", "algorithms/ooo.py"): 200,
+    ("algorithms/iql.py", "baselines/awac.py"): 110,
+    ("algorithms/iql.py", "baselines/pex.py"): 140,
     ("algorithms/cql.py", "algorithms/sac_finetune.py"): 220,
     ("baselines/sac.py", "algorithms/moore.py"): 320,
 }
