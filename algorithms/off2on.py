@@ -111,10 +111,10 @@ class Config:
 
 MUJOCO_CQL = dict(cql_alpha=10.0, policy_learning_rate=3e-5, normalize_observations=True)
 MAZE = dict(reward_scale=10.0, critic_hidden_dims=(256,) * 4, eval_episodes=100, interval=50_000)
-SHORT = dict(num_members=3, num_actions=4, offline_steps=10**4, online_steps=10**4)
-SHORT |= dict(first_updates=1_000, interval=2_000)
+SMALL = dict(num_members=3, num_actions=4, offline_steps=10**4, online_steps=10**4)
+SMALL |= dict(first_updates=1_000, interval=2_000)
 PRESETS = {  # auto: the first whose name is in the dataset's or the environment's, else mujoco
-    "sac-medium-replay": MUJOCO_CQL | SHORT,
+    "sac-medium-replay": MUJOCO_CQL | SMALL,
     "ogbench": MAZE | dict(cql_alpha=0.01, hidden_dims=(256,) * 4, eval_episodes=50),
     "maze": MAZE | dict(reward_shift=-5.0),  # antmaze, pointmaze
     "mujoco": MUJOCO_CQL | dict(online_steps=250_000),

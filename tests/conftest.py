@@ -102,10 +102,11 @@ def script_fixture(name):
     return pytest.fixture(scope="session")(lambda: load_script(name))
 
 
-iql, cql, cal_ql, sac_finetune, pa_rl, uni_o4, td3_c, off2on = (
+iql, cql, cal_ql, sac_finetune, pa_rl, uni_o4, td3_c = (
     script_fixture(f"algorithms/{name}.py")
-    for name in ("iql", "cql", "cal_ql", "sac_finetune", "pa_rl", "uni_o4", "td3_c", "off2on")
+    for name in ("iql", "cql", "cal_ql", "sac_finetune", "pa_rl", "uni_o4", "td3_c")
 )
+enoto, off2on = (script_fixture(f"algorithms/{name}.py") for name in ("enoto", "off2on"))
 bc, fql, ppo, rebrac, rlpd, sac, td3_bc = (
     script_fixture(f"baselines/{name}.py")
     for name in ("bc", "fql", "ppo", "rebrac", "rlpd", "sac", "td3_bc")
