@@ -28,6 +28,13 @@ SCRIPTS = {  # README's table: what, paper, nearest sibling
     "algorithms/sac_finetune.py": (
         "SAC from CQL's agent, in four ways", "2412.07762", "algorithms/cql.py"
     ),
+    "algorithms/off2on.py": (
+        "five CQL agents as one, balanced replay", "2107.00591", "algorithms/cql.py"
+    ),
+    "algorithms/enoto.py": (
+        "CQL with many critics; a reconstruction", "2306.06871",
+        "algorithms/cql.py",
+    ),
     "algorithms/td3_c.py": (
         "TD3 held to a slow pace; a reconstruction", "2303.17396", "baselines/td3_bc.py"
     ),

@@ -208,7 +208,7 @@ def test_equals_the_authors_code(name, monkeypatch):
 
 def test_every_file_is_held_or_waits_for_its_system():
     files = {path.stem for path in GOLDEN.glob("*.npz")}
-    waiting = "apl_gcql|off2on|opal"
+    waiting = "apl_gcql|opal"
     assert files == {name for name in CASES if "-in-" not in name} | {
         name for name in files if re.match(waiting, name)
     }
@@ -969,6 +969,72 @@ def boorl(d, found):
             found.hold("values", ours, tuple(theirs))
     mean = found.script.act(agent, d["choice/observations"], config)
     found.hold("values", mean, d["choice/evaluation_action"])
+
+
+# ------------------------------------------------------------------------------ Related systems
+@case("algorithms/off2on.py", "off2on", tolerance=1e-9)  # their softplus is linear beyond 20
+def off2on(d, found):
+    """Stated: our temperature's loss is linear in it, theirs in its logarithm; our log-std has a
+    learnt scale and shift: what follows is compared with their forms of both."""
+
+    def in_the_logarithm(params, agent, entropy, action_dim, config):
+        loss = params["log"] * (entropy - config.entropy_per_action * action_dim)
+        return loss, {"temperature_loss": loss}
+
+    script, plain = found.script, load_script("baselines/sac.py").TanhGaussianPolicy
+    script.temperature_loss = in_the_logarithm
+    script.ScaledTanhGaussianPolicy = lambda widths, size, _: plain(widths, size)
+    config = script.Config(hidden_dims=(8, 8), critic_hidden_dims=(8, 8), num_members=3, tau=0.1,
+                           batch_size=6, micro_batches=1, discount=0.97, new_share=0.6)  # fmt: skip
+    full = dict(d)  # of the pair of a member one array
+    for name in [name for name in d if re.search(r"critic/\d/0/", name)]:
+        at, member, layer = re.fullmatch(r"(.*critic)/(\d)/0/(.*)", name).groups()
+        pair = [d[f"{at}/{member}/{j}/{layer}"] for j in (0, 1)]
+        full[f"{at}/{member}/{layer}"] = np.stack(pair)
+    networks = networks_of(critics=3, ratio=("density_ratio", VALUE, None))
+    networks |= {
+        "actor": ("actor", POLICY, 3),
+        "temperature": ("temperature", {"log": "raw"}, None),
+    }
+    agent = agent_of(script, full, config, networks)
+    zeros = lambda size: batch_of(script, {"batch/0/observations": np.zeros((size, 1))}, 0)  # noqa: E731
+    old, new, priorities = zeros(20), zeros(12), jnp.asarray(d["replay/priorities_with_online"])
+    priorities, largest = priorities.reshape(1, 4, 8), jnp.full(1, 0.75)
+    for k in range(3):
+        parts = [batch_of(script, full, k)]
+        parts += [parts[0].replace(observations=jnp.asarray(full[f"{x}/{k}/observations"]),
+                                   actions=jnp.asarray(full[f"{x}/{k}/actions"]))
+                  for x in ("batch_offline", "batch_online")]  # fmt: skip
+        draws = [("uniform", d["noise/replay_uniform"][k]), ("randint", np.zeros((2, 6), int))]
+        inputs = old, (new, priorities[0]), 7, jax.random.PRNGKey(0), config
+        _, rows = found.call("online_batch", *inputs, draws=draws)
+        found.hold("values", rows, d[f"replay/index/{k}"])
+        policy = agent.actor.apply_fn(agent.actor.params, parts[0].observations).distribution
+        found.hold("values", policy.mean(), d[f"value/policy_mean/{k}"])
+        found.hold("values", policy.stddev(), d[f"value/policy_std/{k}"])
+        drawn = jax.tree.map(lambda *xs: jnp.stack(xs), *parts), rows
+        draws = [("normal", d["noise/next_action"][k][None]), ("normal", d["noise/action"][k])]
+        agent, info = found.call("online_update", agent, drawn, config, draws=draws)
+        moves = ("ratio", "critic", "actor", "temperature")
+        for field, grads in zip(moves if k == 0 else (), found.grads, strict=k == 0):
+            name, *layers = networks[field]
+            found.hold("gradients", grads, read(full, f"grad/{name}", grads, *layers))
+        both = d["loss/critic_0"][k] + d["loss/critic_1"][k]
+        found.hold("losses", info["critic_loss"], both)
+        names = {"actor": "policy", "temperature": "temperature", "ratio": "density_ratio"}
+        for ours, theirs in names.items():
+            found.hold("losses", info[f"{ours}_loss"], d[f"loss/{theirs}"][k])
+        found.hold("values", info["priorities"], d[f"replay/new_priority/{k}"])
+        inputs = priorities, largest, rows[None], info["priorities"][None]
+        priorities, largest = script.prioritize(*inputs)
+        found.hold("values", priorities.ravel(), d[f"replay/priorities_after/{k}"])
+        found.hold("values", largest[0], d[f"replay/running_maximum_after/{k}"])
+        if k in (0, 2):
+            hold_params(found, full, f"after{k + 1}", agent, networks)
+    for size, share, priority in d["replay/first_online_priority_table"]:
+        each, rows = script.Config(new_share=float(share)), zeros(int(size))
+        inputs = jax.tree.map(lambda x: x[None], new), rows, each
+        found.hold("values", script.first_priorities(*inputs)[1][0], priority)
 
 
 # ------------------------------------------------------------------------------------------- Table

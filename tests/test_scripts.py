@@ -62,6 +62,8 @@ DIFFS = {  # changed lines, module docstrings left out
     ("algorithms/iql.py", "baselines/pex.py"): 140,
     ("algorithms/cql.py", "algorithms/sac_finetune.py"): 220,
     ("baselines/sac.py", "algorithms/moore.py"): 320,
+    ("algorithms/cql.py", "algorithms/off2on.py"): 310,
+    ("algorithms/cql.py", "algorithms/enoto.py"): 130,
 }
 
 
@@ -252,6 +254,7 @@ def tiny_flags(name, data):
             "num_models": "2", "minibatch_size": "16", "horizon": "5", "amq_starts": "16",
             "model_hidden_dims": "16 16", "num_elites": "1",
             "reference_returns": "-1600 -100"}  # fmt: skip
+            "first_updates": "40"}  # fmt: skip
     for field, value in own.items():
         if re.search(rf"^    {field}: ", text, re.M):
             flags += ["--" + field.replace("_", "-"), *value.split()]

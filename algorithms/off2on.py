@@ -1,0 +1,776 @@
+"""Off2On: an ensemble of CQL agents goes on with SAC, on rows that are like its own.
+
+Online, a critic is wrong where the dataset had nothing, and there the policy goes. Two remedies.
+Five CQL agents are pessimistic in different places: their mean is hard to deceive, even when CQL's
+own term is dropped. And not the newest rows are replayed, nor all alike, but those which the agent
+might have met, old or new: a network tells how much likelier a row is to be new than to be old.
+
+    Lee, Seo, Lee, Abbeel, Shin: Offline-to-Online RL via Balanced Replay and Pessimistic
+    Q-Ensemble, arXiv 2107.00591
+
+    offline  each member e by cql.py's losses, L_Q = sum_i E[ (r + discount * min_i Qtarget_ei(s',
+             a') - Q_ei(s, a))^2 ] + cql_alpha * D_ei, a' ~ pi_e(s'); then copies of all, as one:
+    pi(s)    = tanh of N(mean_e mu_e, mean_e std_e^2 + var_e mu_e), matched to the mixture's moments
+    L_Q      = sum_ei E[ (r + discount * V_e(s') - Q_ei(s, a))^2 ]
+    V_e(s')  = min_i Qtarget_ei(s', a') - temperature * log pi(a' | s'), a' ~ pi(s')
+    L_pi     = E[ temperature * log pi(a | s) - mean_e min_i Q_ei(s, a) ], a ~ pi(s)
+    L_alpha  = -temperature * E[ log pi(a | s) + target_entropy ]
+    L_w      = -E_old[ log 2 / (1 + w) ] - E_new[ log 2 w / (1 + w) ], w(s, a) the density ratio
+    priority = w^(1/T) / E_old[ w^(1/T) ] in 0.001 ... 1000, T = priority_temperature
+
+    python algorithms/off2on.py                                    # the dataset in this repository
+    python algorithms/off2on.py --dataset mujoco/hopper/medium-v0  # any Minari dataset here
+
+Deviations from the authors' code (github.com/shlee94/Off2OnRL):
+ 1. Its CQL agents come ready-made, five runs of a million updates; ours are cql.py's (deviations
+    there), with its settings. They differ by initialisation and draws, but see the same batches.
+ 2. After 1,000 frozen steps come 10,000 updates, then one after every step; theirs follow every
+    1,000 steps as 1,000 updates, and episodes begin anew there. Ours begin anew with a round; the
+    last are cut off as by a time limit, but time limits' own last rows, which they skip, stay.
+ 3. The temperature's loss is linear in it, not in its logarithm; log-stds have a learnt scale and
+    shift; initialisation is orthogonal. All priorities are one array, not a tree of sums: the same
+    row is drawn but for rounding. 1,000 a block, since one cumulative sum of a million takes 14 ms.
+ 4. Beyond MuJoCo the presets are ours, and so is the short run's: three members.
+"""
+
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#   "jax==0.10.2", "flax==0.12.8", "optax==0.2.8", "distrax==0.1.9", "numpy==2.4.6",
+#   "tfp-nightly==0.26.0.dev20261027", "gymnasium[mujoco]==1.4.0", "gymnasium-robotics==1.4.2",
+#   "mujoco==3.11.0", "minari[hdf5,hf]==0.5.4", "tyro==1.0.16", "tqdm==4.70.1",
+# ]
+# ///
+import csv
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import distrax
+import flax
+import flax.linen as nn
+import gymnasium as gym
+import jax
+import jax.numpy as jnp
+import minari
+import numpy as np
+import optax
+import tyro
+from flax.training.train_state import TrainState
+from tqdm import tqdm
+
+
+# ---------------------------------------------------------------------------------------- Config
+@dataclasses.dataclass(frozen=True)
+class Config:
+    # Run
+    seed: int = 0  # the first seed
+    num_seeds: int = 1  # seeds trained side by side: seed, seed + 1, ...
+    preset: str = "auto"  # settings of a domain, see PRESETS; auto: from dataset and environment
+    dataset: str = "hopper/sac-medium-replay-v0"  # Minari id, on this machine
+    env_id: str = ""  # Gymnasium id; default: the dataset's evaluation environment
+    offline_steps: int = 1_000_000  # updates on the dataset
+    online_steps: int = 1_000_000  # environment steps after that, per seed
+    interval: int = 10_000  # updates or environment steps per round: train, evaluate, save
+    eval_episodes: int = 10  # per evaluation and seed
+    run_dir: str = ""  # folder of this run; default: runs/<script>/<dataset>/seed<seed>
+    init_from: str = ""  # folder of a finished run: skip all but the last phase, use its agents
+    wandb: bool = False  # also log to Weights & Biases
+    # Data and optimisation
+    normalize_observations: bool = False  # by the dataset's mean and standard deviation
+    normalize_returns: bool = False  # rewards times 1000 / (max - min return in the dataset)
+    reward_scale: float = 1.0  # r <- reward_scale * r + reward_shift, after the above
+    reward_shift: float = 0.0  # see reward_scale
+    batch_size: int = 256  # transitions per update
+    discount: float = 0.99  # per step
+    tau: float = 0.005  # target critic: fraction of the new critic per update
+    buffer_size: int = 1_000_000  # online transitions kept, per seed; the oldest go first
+    hidden_dims: tuple[int, ...] = (256, 256)  # widths of every network
+    critic_hidden_dims: tuple[int, ...] = (256, 256)  # but of the critics these
+    learning_rate: float = 3e-4  # Adam, every network
+    policy_learning_rate: float = 1e-4  # but for policy and temperature this
+    warmup_steps: int = 1_000  # environment steps before the first online update
+    first_updates: int = 10_000  # updates after the last of them; then one per step
+    # SAC and CQL
+    num_critics: int = 2  # Q-functions; the minimum counts
+    layer_norm: bool = False  # in critics and policy
+    entropy_per_action: float = -1.0  # target entropy (nats) per action dimension
+    cql_alpha: float = 5.0  # weight of the difference
+    num_actions: int = 10  # sampled from each of the three sources, per state
+    micro_batches: int = 8  # parts of a batch, one after the other; 8 suit a CPU, 1 a GPU
+    # Ensemble and balanced replay
+    num_members: int = 5  # CQL agents, a pair of Q-functions each
+    new_share: float = 0.5  # of new rows in a batch at the first update
+    priority_temperature: float = 5.0  # priority: density ratio ** (1 / priority_temperature)
+
+
+MUJOCO_CQL = dict(cql_alpha=10.0, policy_learning_rate=3e-5, normalize_observations=True)
+MAZE = dict(reward_scale=10.0, critic_hidden_dims=(256,) * 4, eval_episodes=100, interval=50_000)
+SMALL = dict(num_members=3, num_actions=4, offline_steps=10**4, online_steps=10**4)
+SMALL |= dict(first_updates=1_000, interval=2_000)
+PRESETS = {  # auto: the first whose name is in the dataset's or the environment's, else mujoco
+    "sac-medium-replay": MUJOCO_CQL | SMALL,
+    "ogbench": MAZE | dict(cql_alpha=0.01, hidden_dims=(256,) * 4, eval_episodes=50),
+    "maze": MAZE | dict(reward_shift=-5.0),  # antmaze, pointmaze
+    "mujoco": MUJOCO_CQL | dict(online_steps=250_000),
+}
+INIT_FROM = ("off2on",)  # scripts whose agents --init-from takes
+METRICS = {  # the algorithm's own columns of metrics.csv, with their healthy range
+    "critic_loss": "squared TD error, summed over critics; bounded, may grow with q",
+    "difference": "soft maximum of Q minus Q of the data; offline; falls",
+    "q": "mean Q of the batch; below the discounted return, never far above",
+    "actor_loss": "temperature * log pi - Q; falls as q rises",
+    "entropy": "-log pi of the policy's own actions (nats); settles at the target entropy",
+    "temperature": "price of a nat of entropy; from 1 to where the entropy is at its target",
+    "ratio_loss": "of the density ratio; falls from 0 as it tells new rows from old",
+    "priority": "mean of the batch's rows, 1 offline; above 1 where they are like new ones",
+}
+
+
+# ---------------------------------------------------------------------------- Networks and agent
+def orthogonal(key, shape, dtype=jnp.float32):
+    """Orthogonal, gain sqrt(2); under vmap in turn, for XLA's batched QR can hang on few cores."""
+    draw = partial(nn.initializers.orthogonal(2**0.5), shape=shape, dtype=dtype)
+    return jax.custom_batching.sequential_vmap(draw)(key)
+
+
+class MLP(nn.Module):
+    """Hidden layers, on demand with LayerNorm and dropout: (..., F) -> (..., H)."""
+
+    hidden_dims: tuple[int, ...]
+    dropout_rate: float = 0.0
+    layer_norm: bool = False
+    activation: Any = nn.relu
+
+    @nn.compact
+    def __call__(self, x, training=False):
+        for width in self.hidden_dims:
+            x = nn.Dense(width, kernel_init=orthogonal)(x)  # (..., width)
+            x = self.activation(nn.LayerNorm()(x) if self.layer_norm else x)
+            x = nn.Dropout(self.dropout_rate, deterministic=not training)(x)
+        return x
+
+
+class Value(nn.Module):
+    """A scalar function of its inputs, V(s) or Q(s, a): (B, F), ... -> (B,)."""
+
+    hidden_dims: tuple[int, ...]
+    layer_norm: bool = False
+
+    @nn.compact
+    def __call__(self, *inputs):
+        mlp = MLP(self.hidden_dims, layer_norm=self.layer_norm)
+        x = mlp(jnp.concatenate(inputs, axis=-1))  # (B, H)
+        kernel = self.param("kernel", orthogonal, (x.shape[-1], 1))
+        bias = self.param("bias", nn.initializers.zeros, ())
+        return (x * kernel[:, 0]).sum(axis=-1) + bias  # a matmul with one column is slow on a CPU
+
+
+def ensemble(network, size):
+    """`size` networks of a class, each with its own parameters: their outputs are (N, ...)."""
+    axes = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "in_axes": None}
+    return nn.vmap(network, axis_size=size, **axes)
+
+
+class ScaledTanhGaussianPolicy(nn.Module):
+    """pi: (B, O) -> a diagonal Gaussian, squashed by tanh, over actions (B, A); narrow at first."""
+
+    hidden_dims: tuple[int, ...]
+    action_dim: int
+    layer_norm: bool = False
+
+    @nn.compact
+    def __call__(self, observations):
+        features = MLP(self.hidden_dims, layer_norm=self.layer_norm)(observations)  # (B, H)
+        mean = nn.Dense(self.action_dim, kernel_init=orthogonal)(features)  # (B, A)
+        log_std = nn.Dense(self.action_dim, kernel_init=orthogonal)(features)  # (B, A)
+        scale = self.param("log_std_scale", nn.initializers.ones, ())
+        shift = self.param("log_std_shift", nn.initializers.constant(-1.0), ())
+        std = jnp.exp(jnp.clip(scale * log_std + shift, -20.0, 2.0))  # (B, A)
+        gaussian = distrax.MultivariateNormalDiag(mean, std)
+        return distrax.Transformed(gaussian, distrax.Block(distrax.Tanh(), 1))
+
+
+def matched_policy(apply_fn, params, observations):
+    """The members' policies as one: the mean and the variance of their mixture before the tanh."""
+
+    def gaussian(params):
+        normal = apply_fn(params, observations).distribution
+        return normal.mean(), normal.stddev()
+
+    mean, std = jax.vmap(gaussian)(params)  # (E, B, A) each
+    variance = (std**2).mean(axis=0) + mean.var(axis=0)  # (B, A)
+    std = jnp.clip(jnp.sqrt(variance), jnp.exp(-20.0), jnp.exp(2.0))  # (B, A)
+    normal = distrax.MultivariateNormalDiag(mean.mean(axis=0), std)
+    return distrax.Transformed(normal, distrax.Block(distrax.Tanh(), 1))
+
+
+def from_log(params):
+    """A positive scalar: the temperature, or the multiplier, which has this upper limit."""
+    return jnp.minimum(jnp.exp(params["log"]), 1e6)
+
+
+@flax.struct.dataclass
+class Agent:
+    """All that training changes. Outside the losses with a leading axis of seeds, (S, ...).
+    The ensemble is an agent whose networks are those of all members, (E, ...): its Q are (N, E, B)
+    where theirs are (N, B), and the losses' means are over E, too."""
+
+    actor: TrainState
+    critic: TrainState
+    temperature: TrainState
+    target_critic_params: Any
+    key: jax.Array
+    members: Any = ()  # of the ensemble: the agents of the offline phase, (E, ...)
+    ratio: Any = ()  # of the ensemble: the density ratio's network
+
+
+def create_member(key, observation, action, config):
+    """A fresh agent from its random key (2,), an observation (1, O) and an action (1, A)."""
+    key, actor_key, critic_key, _ = jax.random.split(key, 4)
+    actor = ScaledTanhGaussianPolicy(config.hidden_dims, action.shape[1], config.layer_norm)
+    critic = ensemble(Value, config.num_critics)(config.critic_hidden_dims, config.layer_norm)
+    actor_params = actor.init(actor_key, observation)
+    critic_params = critic.init(critic_key, observation, action)
+    zero = {"log": jnp.float32(0.0)}
+    policy_adam, adam = optax.adam(config.policy_learning_rate), optax.adam(config.learning_rate)
+    return Agent(
+        actor=TrainState.create(apply_fn=actor.apply, params=actor_params, tx=policy_adam),
+        critic=TrainState.create(apply_fn=critic.apply, params=critic_params, tx=adam),
+        temperature=TrainState.create(apply_fn=from_log, params=zero, tx=policy_adam),
+        target_critic_params=jax.tree.map(jnp.copy, critic_params),
+        key=key,
+    )
+
+
+def create_agent(key, observation, action, config):
+    """The ensemble of fresh members, with optimisers and a temperature of its own."""
+    key, ratio_key, *keys = jax.random.split(key, config.num_members + 2)
+    member = partial(create_member, observation=observation, action=action, config=config)
+    members, ratio = jax.vmap(member)(jnp.stack(keys)), Value(config.hidden_dims)
+    ratio_params = ratio.init(ratio_key, observation, action)
+    ratio_params["params"]["bias"] += 1.0  # first ratios near 1
+    policy = partial(matched_policy, members.actor.apply_fn)
+    critic = jax.vmap(members.critic.apply_fn, in_axes=(0, None, None), out_axes=1)  # (N, E, B)
+    create = partial(TrainState.create, tx=optax.adam(config.learning_rate))
+    return Agent(
+        actor=create(apply_fn=policy, params=members.actor.params),
+        critic=create(apply_fn=critic, params=members.critic.params),
+        temperature=create(apply_fn=from_log, params={"log": jnp.float32(0.0)}),
+        target_critic_params=members.critic.params,
+        key=key,
+        members=members,
+        ratio=create(apply_fn=ratio.apply, params=ratio_params),
+    )
+
+
+# ------------------------------------------------------------------------------ Losses and update
+# A loss takes first the parameters it differentiates, and returns (loss, metrics).
+def actor_loss(params, agent, batch, key, config):
+    """The policy ascends min Q and its entropy, through one reparameterised action."""
+    policy = agent.actor.apply_fn(params, batch.observations)
+    actions, log_prob = policy.sample_and_log_prob(seed=key)  # (B, A), (B,)
+    q = agent.critic.apply_fn(agent.critic.params, batch.observations, actions)  # (N, B)
+    temperature = agent.temperature.apply_fn(agent.temperature.params)  # ()
+    loss = (temperature * log_prob - q.min(axis=0)).mean()
+    return loss, {"actor_loss": loss, "entropy": -log_prob.mean()}
+
+
+def temperature_loss(params, agent, entropy, action_dim, config):
+    """The temperature rises while the entropy is below its target, and falls above it."""
+    temperature = agent.temperature.apply_fn(params)  # ()
+    loss = temperature * (entropy - config.entropy_per_action * action_dim)
+    return loss, {"temperature_loss": loss, "temperature": temperature}
+
+
+def policy_actions(agent, observations, key, num_actions):
+    """Actions (M, B, A) of the policy in observations (B, O), and their log-densities (M, B)."""
+    policy = agent.actor.apply_fn(agent.actor.params, observations)
+    return policy.sample_and_log_prob(seed=key, sample_shape=(num_actions,))
+
+
+def q_values(agent, params, observations, actions):
+    """Q (N, M, B) of M actions (M, B, A) per observation (B, O)."""
+    observations = jnp.broadcast_to(observations, (len(actions), *observations.shape))  # (M, B, O)
+    rows = (x.reshape(-1, x.shape[-1]) for x in (observations, actions))  # (M * B, ...), faster
+    return agent.critic.apply_fn(params, *rows).reshape(-1, *actions.shape[:2])
+
+
+def conservative_difference(params, agent, batch, data_q, key, config):
+    """The difference D (N,), CQL(H)'s: a soft maximum of Q over actions, minus Q of the data.
+    All actions are judged in the same state, those of the policy in the next one, too."""
+    uniform_key, next_key, policy_key = jax.random.split(key, 3)
+    shape = config.num_actions, *batch.actions.shape
+    draw = jax.random.uniform(uniform_key, shape, minval=-1.0, maxval=1.0)  # (M, B, A)
+    uniform = draw, jnp.full(shape[:2], -jnp.log(2.0) * shape[2])  # (M, B, A), (M, B)
+    following = policy_actions(agent, batch.next_observations, next_key, config.num_actions)
+    own = policy_actions(agent, batch.observations, policy_key, config.num_actions)
+    actions, log_prob = map(jnp.concatenate, zip(uniform, following, own, strict=True))
+    q = q_values(agent, params, batch.observations, actions)  # (N, 3 M, B)
+    difference = jax.nn.logsumexp(q - log_prob, axis=1) - data_q  # (N, B)
+    return difference.mean(axis=1)
+
+
+def critic_loss(params, agent, batch, key, config, soft=True):
+    """Q regresses on the value of the policy's next action, with `soft` on its entropy's, too. Of
+    the ensemble, each member's pair has a target of its own; the action is that of all."""
+    following = batch.next_observations
+    next_actions, log_prob = policy_actions(agent, following, key, 1)  # (1, B, A), (1, B)
+    next_q = agent.critic.apply_fn(agent.target_critic_params, following, next_actions[0])
+    temperature = agent.temperature.apply_fn(agent.temperature.params)  # ()
+    next_v = next_q.min(axis=0) - soft * temperature * log_prob[0]  # (B,)
+    target_q = batch.rewards + config.discount * batch.masks * next_v  # (B,)
+    q = agent.critic.apply_fn(params, batch.observations, batch.actions)  # (N, B)
+    loss = ((q - target_q[None]) ** 2).mean(axis=-1).sum()
+    return loss, {"critic_loss": loss, "q": q.mean()}
+
+
+def conservative_loss(params, agent, batch, key, config):
+    """A member's critic loss, offline: the weighted difference is added."""
+    target_key, difference_key = jax.random.split(key)
+    loss, info = critic_loss(params, agent, batch, target_key, config, soft=False)
+    q = agent.critic.apply_fn(params, batch.observations, batch.actions)  # (N, B)
+    difference = conservative_difference(params, agent, batch, q, difference_key, config)
+    loss += config.cql_alpha * difference.sum()
+    return loss, info | {"difference": difference.mean()}
+
+
+def ratio_loss(params, agent, batches, key, config):
+    """Density of new rows over that of old ones, by a bound of the Jensen-Shannon divergence. Of
+    the parameters before the step are the priorities of the rows in the first of the batches."""
+    w = nn.relu(agent.ratio.apply_fn(params, batches.observations, batches.actions))  # (3, B)
+    balanced, old, new = w  # (B,) each
+    loss = -jnp.log(2 / (1 + old) + 1e-10).mean() - jnp.log(2 * new / (1 + new) + 1e-10).mean()
+    power = 1 / config.priority_temperature
+    priorities = jnp.clip(balanced**power / ((old**power).mean() + 1e-10), 1e-3, 1e3)  # (B,)
+    return loss, {"ratio_loss": loss, "priority": priorities.mean(), "priorities": priorities}
+
+
+def gradient_step(train_state, loss_fn, *args):
+    """One optimiser step on `loss_fn(params, *args) -> (loss, metrics)`."""
+    grads, info = jax.grad(loss_fn, has_aux=True)(train_state.params, *args)
+    return train_state.apply_gradients(grads=grads), info
+
+
+def update_networks(agent, batch, config, critic_loss):
+    """One update, all gradients at the old parameters. The critic's is the mean over micro-batches,
+    one after the other: a whole batch with its sampled actions does not fit a CPU's cache."""
+    key, critic_key, actor_key = jax.random.split(agent.key, 3)
+    count = int(np.gcd(config.micro_batches, config.batch_size))
+    parts = jax.tree.map(lambda x: x.reshape(count, -1, *x.shape[1:]), batch)  # (P, B / P, ...)
+    inputs = parts, jax.random.split(critic_key, count)
+    gradient = jax.grad(critic_loss, has_aux=True)
+    found = jax.lax.map(lambda part: gradient(agent.critic.params, agent, *part, config), inputs)
+    grads, critic_info = jax.tree.map(lambda x: x.mean(axis=0), found)
+    critic = agent.critic.apply_gradients(grads=grads)
+    actor, actor_info = gradient_step(agent.actor, actor_loss, agent, batch, actor_key, config)
+    inputs = agent, actor_info["entropy"], batch.actions.shape[-1], config
+    temperature, temperature_info = gradient_step(agent.temperature, temperature_loss, *inputs)
+    target = optax.incremental_update(critic.params, agent.target_critic_params, config.tau)
+    agent = agent.replace(actor=actor, critic=critic, temperature=temperature, key=key)
+    return agent.replace(target_critic_params=target), critic_info | actor_info | temperature_info
+
+
+def update(agent, batch, config):
+    """Offline: one of each member, on the same rows. The ensemble has what they have learnt."""
+    one = partial(update_networks, batch=batch, config=config, critic_loss=conservative_loss)
+    members, info = for_each_seed(one, agent.members)
+    actor = agent.actor.replace(params=members.actor.params)
+    critic = agent.critic.replace(params=members.critic.params)
+    target = {"target_critic_params": members.critic.params}
+    agent = agent.replace(members=members, actor=actor, critic=critic, **target)
+    return agent, jax.tree.map(jnp.mean, info)
+
+
+def online_update(agent, drawn, config):
+    """Online: one of the density ratio, and one of the ensemble on the rows drawn by priority."""
+    batches, rows = drawn  # (3, B, ...), (B,)
+    ratio, ratio_info = gradient_step(agent.ratio, ratio_loss, agent, batches, None, config)
+    batch = jax.tree.map(lambda x: x[0], batches)  # (B, ...)
+    agent, info = update_networks(agent, batch, config, critic_loss)
+    return agent.replace(ratio=ratio), info | ratio_info | {"rows": rows}
+
+
+def explore(agent, observation, key, config):
+    """The training policy's action (A,) in one observation (O,)."""
+    return policy_actions(agent, observation[None], key, 1)[0][0, 0]
+
+
+def act(agent, observations, config):
+    """The deterministic policy's actions (B, A) in observations (B, O), for evaluation."""
+    policy = agent.actor.apply_fn(agent.actor.params, observations)
+    return jnp.tanh(policy.distribution.mean())  # a squashed Gaussian has no `mode` in distrax
+
+
+# ------------------------------------------------------------------------------- Offline to online
+def phases(config):
+    """The run, phase by phase: name, number of steps, and what one round of them does."""
+    yield "offline", config.offline_steps, partial(offline_round, update=update)
+    yield "online", config.online_steps, balanced_round
+
+
+def online_batch(dataset, buffer, size, key, config):
+    """Transitions (3, B, ...): by priority, of the dataset, of the `size` newest; the first's rows.
+    By priority: one from each of B equal parts of the sum, first its block, then its place there,
+    for a cumulative sum of a million priorities takes as long as an update."""
+    new, priorities = buffer  # rows (C, ...), (P, K)
+    keys, shape, count = jax.random.split(key), (config.batch_size,), len(dataset.rewards)
+    ends = jnp.cumsum(priorities.sum(axis=1))  # (P,)
+    wanted = (
+        (jnp.arange(shape[0]) + jax.random.uniform(keys[0], shape)) / shape[0] * ends[-1]
+    )  # (B,)
+    block = jnp.searchsorted(ends, wanted)  # (B,)
+    inside = jnp.cumsum(priorities[block], axis=1)  # (B, K)
+    rest = wanted - jnp.append(0.0, ends)[block]  # (B,)
+    place = jax.vmap(jnp.searchsorted)(inside, jnp.minimum(rest, inside[:, -1]))  # (B,)
+    balanced = block * priorities.shape[1] + place  # (B,)
+    bounds = jnp.array([[[0], [count]], [[count], [count + size]]])  # (2, 2, 1)
+    uniform = jax.random.randint(keys[1], (2, *shape), *bounds)  # (2, B), dataset's, newest
+    rows = jnp.stack([balanced, *uniform])  # (3, B)
+    pick = jax.vmap(jax.vmap(jnp.where))
+    found = jax.tree.map(lambda x, y: pick(rows < count, x[rows], y[rows - count]), dataset, new)
+    return found, balanced
+
+
+def first_priorities(new, dataset, config):
+    """Priorities (S, P, K) of the dataset's rows, 1, then of the new ones, 0 till they are there;
+    and the one (S,) they enter with, by which `new_share` of the first batch will be new."""
+    (seeds, capacity), old = new.rewards.shape, len(dataset.rewards)
+    rows = jnp.arange(-(old + capacity) // 1000 * -1000).reshape(-1, 1000)  # (P, K)
+    entry = config.new_share / (1 - config.new_share) * old / config.warmup_steps
+    return jnp.tile(1.0 * (rows < old), (seeds, 1, 1)), jnp.full(seeds, entry)
+
+
+@partial(jax.jit, donate_argnames="priorities")
+@jax.vmap
+def prioritize(priorities, largest, rows, values):
+    """New priorities of rows (B,), in place; and the largest that ever was, which new ones get."""
+    flat = priorities.ravel().at[rows].set(values)  # (P * K,)
+    return flat.reshape(priorities.shape), jnp.maximum(largest, values.max())
+
+
+@partial(jax.jit, donate_argnames="buffers")
+def insert(buffers, rows, position):
+    """Rows (S, ...) into the buffers (S, C, ...), in place: hence a program of its own."""
+    return jax.tree.map(lambda buffer, row: buffer.at[:, position].set(row), buffers, rows)
+
+
+@partial(jax.jit, static_argnames=("config", "update", "learn"), donate_argnames="agents")
+def online_step(agents, buffers, size, observations, dataset, config, update, learn):
+    """With `learn` update all agents, then choose actions (S, A). `agents` is donated."""
+    keys, info = jax.vmap(partial(jax.random.split, num=3))(agents.key), {}  # (S, 3, 2)
+    agents = agents.replace(key=keys[:, 0])
+    if learn:
+        draw = partial(online_batch, config=config)
+        draw_all = jax.vmap(draw, in_axes=(None, 0, None, 0))
+        batches = draw_all(dataset, buffers, size, keys[:, 1])  # (S, B, ...)
+        agents, info = for_each_seed(partial(update, config=config), agents, batches)
+    actions = jax.vmap(partial(explore, config=config))(agents, observations, keys[:, 2])
+    return agents, actions, info
+
+
+def balanced_round(agents, buffers, run, first, last):
+    """Environment steps `first` to `last`; after the warm-up's many updates, then one per step.
+    Episodes are seeded by (seed, first) and truncated at `last`: no simulator is checkpointed."""
+    config, dataset, envs, bar = run
+    (new, priorities, largest), infos = buffers, []
+    old, capacity = len(dataset.rewards), new.rewards.shape[1]
+    seeds = [10**9 * (config.seed + i + 1) + first for i in range(config.num_seeds)]
+    observations, _ = envs.reset(seed=seeds)  # (S, O)
+    step_all = partial(online_step, dataset=dataset, config=config, update=online_update)
+    agents, actions, _ = step_all(agents, buffers, 0, observations, learn=False)
+    for step in range(first, last):
+        after, rewards, terminated, truncated, info = envs.step(np.asarray(actions))  # (S, ...)
+        following, ends = after.copy(), terminated | truncated | (step + 1 == last)
+        for i in np.flatnonzero(terminated | truncated):  # reset already
+            following[i] = info["final_obs"][i]
+        rows = Batch(observations, actions, rewards, following, 1.0 - terminated, 1.0 * ends)
+        new, observations = insert(new, rows, step % capacity), after
+        place = np.full((config.num_seeds, 1), old + step % capacity)
+        priorities, largest = prioritize(priorities, largest, place, largest[:, None])
+        many = config.first_updates if step + 1 == config.warmup_steps else 1
+        size, due = min(step + 1, capacity), step + 1 >= config.warmup_steps
+        for _ in range(many):
+            agents, actions, info = step_all(
+                agents, (new, priorities), size, observations, learn=due
+            )
+            if due:
+                drawn = info.pop("rows"), info.pop("priorities")
+                priorities, largest = prioritize(priorities, largest, *drawn)
+                infos.append(jax.device_get(info))
+        bar.update()
+    means = {name: np.mean([x[name] for x in infos], axis=0) for name in (infos or [{}])[0]}
+    return agents, (new, priorities, largest), means | {"updates": len(infos)}
+
+
+# ==== The same bytes in every script from here ==================================================
+
+
+@flax.struct.dataclass
+class Batch:
+    """Transitions in the agent's units."""
+
+    observations: jax.Array  # (B, O)
+    actions: jax.Array  # (B, A), inside [-1, 1]
+    rewards: jax.Array  # (B,)
+    next_observations: jax.Array  # (B, O)
+    masks: jax.Array  # (B,), 0 only on a true termination, where no future reward exists
+    ends: jax.Array  # (B,), 1 on the last row of an episode, for whatever reason
+    mc_returns: Any = ()  # (B,), discounted returns from here on, where a script needs them
+    next_actions: Any = ()  # (B, A), what was done in next_observations, where it needs these
+
+
+def rescale(x, multiplier, offset):
+    """The environment's units -> the agent's, for data and steps alike."""
+    return (np.asarray(x) * multiplier + offset).astype(np.float32)
+
+
+def make_env(source):
+    """The environment of a source (load_dataset's), in all but statistics in the agent's units."""
+    units, wrap = {name: np.array(x) for name, x in source["units"].items()}, gym.wrappers
+    spec = gym.envs.registration.EnvSpec.from_json(source["environment"])
+    env = wrap.RecordEpisodeStatistics(gym.make(spec, disable_env_checker=True))
+    if isinstance(env.observation_space, gym.spaces.Dict):
+        env = wrap.FlattenObservation(env)
+    box = gym.spaces.Box(-1.0, 1.0, env.action_space.shape)
+    env = wrap.TransformAction(env, lambda x: np.clip(x, -1, 1) * units["actions"], box)
+    env = wrap.TransformReward(env, lambda x: rescale(x, *units["rewards"]))
+    return wrap.TransformObservation(env, lambda x: rescale(x, *units["observations"]), None)
+
+
+def load_dataset(config, data, env):
+    """The dataset, a Batch of N rows (without --dataset of one row of zeros), and its source, for
+    config.json: environment, units, reference returns, hash. collect.py checks more."""
+    high, metadata, digest, parts, returns = env.action_space.high, {}, "", [], np.zeros(1)
+    zeros = np.zeros((1, gym.spaces.flatdim(env.observation_space)))  # (1, O)
+    rows = Batch(zeros, high[None] * 0, np.zeros(1), zeros, np.ones(1), np.ones(1))
+    for episode in data.iterate_episodes() if data else ():
+        leaves = jax.tree.leaves(episode.observations)  # of Dicts as FlattenObservation does it
+        observations = np.concatenate([x.reshape(len(x), -1) for x in leaves], axis=1)  # (T + 1, O)
+        ends = np.append(episode.terminations[:-1], True)  # (T,), a termination inside is one, too
+        step = observations[:-1], episode.actions, episode.rewards, observations[1:]
+        parts.append(Batch(*step, 1.0 - episode.terminations, 1.0 * ends))
+    if data:
+        rows = jax.tree.map(lambda *xs: np.concatenate(xs, dtype=np.float32), *parts)
+        file = data.storage.data_path / "main_data.hdf5"
+        metadata, digest = data.storage.metadata, hashlib.sha256(file.read_bytes()).hexdigest()
+        if np.abs(rows.actions).max() <= 1 + 1e-3 and (high >= 1).all():
+            high = np.ones_like(high)  # the data use this part of the box
+        returns = np.add.reduceat(rows.rewards, np.flatnonzero(np.append(1, rows.ends[:-1])))
+        print(f"{config.dataset}: {len(rows.ends):,} steps, mean return {returns.mean():.1f}")
+    finite = all(np.isfinite(x).all() for x in jax.tree.leaves(rows))
+    if not finite or rows.observations.shape[1] != zeros.shape[1]:
+        raise SystemExit(f"{config.dataset}: bad rows, baselines/collect.py check says which")
+    scale = config.reward_scale * (1000 / np.ptp(returns) if config.normalize_returns else 1)
+    units = {"observations": (1.0, 0.0), "rewards": (scale, config.reward_shift), "actions": high}
+    if data and config.normalize_observations:
+        std = rows.observations.std(axis=0, dtype=np.float64) + 1e-3
+        units["observations"] = 1 / std, -rows.observations.mean(axis=0, dtype=np.float64) / std
+    rows = rows.replace(
+        observations=rescale(rows.observations, *units["observations"]),
+        actions=np.clip(rows.actions / high, -1 + 1e-5, 1 - 1e-5).astype(np.float32),
+        rewards=rescale(rows.rewards, *units["rewards"]),
+        next_observations=rescale(rows.next_observations, *units["observations"]),
+    )
+    return rows, {
+        "environment": env.spec.to_json(),
+        "units": jax.tree.map(lambda x: np.asarray(x).tolist(), units),
+        "reference": [metadata.get("ref_min_score"), metadata.get("ref_max_score")],
+        "dataset_sha256": digest,
+    }
+
+
+def for_each_seed(function, *arguments):
+    """`function` over the seeds, the leading axis; on a CPU in turn, which is twice as fast."""
+    if jax.default_backend() == "cpu":
+        return jax.lax.map(lambda xs: function(*xs), arguments)
+    return jax.vmap(function)(*arguments)
+
+
+@partial(jax.jit, static_argnames=("config", "update", "num_steps"), donate_argnames="agents")
+def update_steps(agents, dataset, config, update, num_steps):
+    """`num_steps` updates of every agent, as one scan. Metrics are sums. `agents` is donated."""
+
+    def body(agent, _):
+        key, sample_key = jax.random.split(agent.key)
+        rows = jax.random.randint(sample_key, (config.batch_size,), 0, len(dataset.rewards))  # (B,)
+        batch = jax.tree.map(lambda x: x[rows], dataset)
+        return update(agent.replace(key=key), batch, config)
+
+    agents, info = for_each_seed(partial(jax.lax.scan, body, length=num_steps), agents)
+    return agents, jax.tree.map(partial(jnp.sum, axis=1), info)
+
+
+def offline_round(agents, buffers, run, first, last, update):
+    """Updates `first` to `last` on the dataset, in slices, so that the bar moves."""
+    (config, dataset, _, bar), totals = run, []
+    for begin in range(first, last, 200):
+        size = min(200, last - begin)
+        agents, info = update_steps(agents, dataset, config, update, size)
+        totals.append(jax.device_get(info))
+        bar.update(size)
+    means = {x: sum(t[x] for t in totals) / (last - first) for x in (totals or [()])[0]}
+    return agents, buffers, means | {"updates": last - first}
+
+
+act_all = jax.jit(jax.vmap(act, in_axes=(0, 0, None)), static_argnums=2)  # (S, E, O) -> (S, E, A)
+
+
+def evaluate(agents, envs, source, config):
+    """Mean return and score (S,) of an episode in each of S * E environments, always the same."""
+    shape = config.num_seeds, config.eval_episodes
+    seeds = [10_000 * (config.seed + i) + episode for i, episode in np.ndindex(*shape)]
+    (observations, _), (returns, reached) = envs.reset(seed=seeds), np.full((2, len(seeds)), np.nan)
+    while np.isnan(returns).any():
+        actions = np.asarray(act_all(agents, observations.reshape(*shape, -1), config))
+        observations, _, terminated, truncated, info = envs.step(actions.reshape(len(seeds), -1))
+        for i in np.flatnonzero((terminated | truncated) & np.isnan(returns)):
+            returns[i] = info["final_info"]["episode"]["r"][i]
+            reached[i] = terminated[i] or returns[i] > 0
+    low, high = (np.nan if x is None else x for x in source["reference"])
+    measure = reached if (low, high) == (0, 1) else returns  # then it is the share of successes
+    values = {"return": returns, "score": 100 * (measure - low) / (high - low)}
+    return {name: x.reshape(shape).mean(axis=1) for name, x in values.items()}
+
+
+def named_arrays(**trees):
+    """{path/of/leaf: NumPy array}."""
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(trees))
+    name = partial(jax.tree_util.keystr, simple=True, separator="/")
+    return {name(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def save(folder, arrays, meta):
+    """metrics.csv, then checkpoint.npz: a kill at any moment leaves the old one or the new one."""
+    temporary = folder / f"checkpoint.{os.getpid()}.tmp"
+    names = ("phase", "step", "seed", *METRICS, "return", "score", "updates_per_second", "seconds")
+    try:
+        with open(folder / "metrics.csv", "w") as file:
+            table = [names, *([row.get(name, "") for name in names] for row in meta["rows"])]
+            csv.writer(file, lineterminator="\n").writerows(table)
+        with open(temporary, "wb") as file:
+            np.savez(file, meta=np.frombuffer(json.dumps(meta).encode(), np.uint8), **arrays)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, folder / "checkpoint.npz")
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise SystemExit(f"{folder}: {error.strerror}; the checkpoint before is whole") from None
+
+
+def load(folder):
+    """The arrays and the meta of a run's checkpoint; the zip's checksums are checked."""
+    try:
+        arrays = dict(np.load(Path(folder, "checkpoint.npz")))
+        return arrays, json.loads(arrays.pop("meta").tobytes())
+    except Exception as error:  # missing, or damaged in one of many ways
+        raise SystemExit(f"{folder}/checkpoint.npz: unreadable ({error})") from None
+
+
+def restore(template, arrays, folder):
+    """A tree like `template` from a checkpoint's arrays. Fields it has not stay as they are."""
+    own, fields = named_arrays(**template), {name.split("/")[1] for name in arrays}
+    arrays = {name: x for name, x in arrays.items() if name.split("/")[0] in template}
+    arrays |= {name: x for name, x in own.items() if name.split("/")[1] not in fields}
+    if {name: x.shape for name, x in arrays.items()} != {name: x.shape for name, x in own.items()}:
+        raise SystemExit(f"{folder}: an agent with other networks, or of other sizes")
+    return jax.device_put(jax.tree.structure(template).unflatten([arrays[name] for name in own]))
+
+
+def parse_config(arguments):
+    """Command line -> Config (flags before preset before defaults), Minari dataset (or None) and
+    environment: --env-id's, else the dataset's for evaluation, which is trained in, too."""
+    parse = partial(tyro.cli, Config, args=arguments, description=__doc__)
+    config, data = parse(), None
+    at = Path(__file__).resolve().parents[1] / "baselines/datasets" / config.dataset / "data"
+    try:
+        if config.dataset:
+            data = minari.MinariDataset(at) if at.exists() else minari.load_dataset(config.dataset)
+        env = gym.make(config.env_id) if config.env_id else data.recover_environment(eval_env=True)
+        if (env.action_space.low != -env.action_space.high).any():
+            raise ValueError("the box of its actions is not symmetric")
+    except Exception as error:  # not here, not installed, damaged
+        words = f"--dataset {config.dataset} --env-id {config.env_id}: {error}"
+        raise SystemExit(f"{words} (`minari download ID`, or baselines/collect.py)") from None
+    auto = [name for name in PRESETS if name in f"{config.dataset} {env.spec.id}".lower()]
+    preset = [*auto, "mujoco"][0] if config.preset == "auto" else config.preset
+    if preset not in PRESETS:
+        raise SystemExit(f"--preset {preset}: must be auto or one of {', '.join(PRESETS)}")
+    config = parse(default=dataclasses.replace(Config(), **PRESETS[preset]))
+    return dataclasses.replace(config, preset=preset), data, env
+
+
+def main(arguments=None):
+    gym.logger.min_level = gym.logger.ERROR  # no advice that a -v4 environment is not the newest
+    config, data, env = parse_config(arguments)
+    dataset, source = load_dataset(config, data, env)
+    script, seeds = Path(__file__).stem, range(config.seed, config.seed + config.num_seeds)
+    default = f"runs/{script}/{config.dataset or config.env_id}/seed{config.seed}"
+    folder = Path(config.run_dir or default)
+    said = {"script": script, **dataclasses.asdict(config), **source, "run_dir": "", "wandb": False}
+    said = json.loads(json.dumps(said))
+    inputs = {"observation": dataset.observations[:1], "action": dataset.actions[:1]}
+    create = partial(for_each_seed, partial(create_agent, config=config, **inputs))
+    agents = jax.jit(create)(jnp.stack([jax.random.PRNGKey(seed) for seed in seeds]))
+    shape = config.num_seeds, max(1, min(config.buffer_size, config.online_steps))
+    buffers = jax.tree.map(lambda x: jnp.zeros((*shape, *x.shape[1:]), np.float32), dataset)
+    buffers = buffers, *first_priorities(buffers, dataset, config)
+    state = {"agents": agents, "buffers": buffers}
+    done, rows = 0, []  # rounds, and rows of metrics.csv
+    if (folder / "checkpoint.npz").exists():
+        arrays, meta = load(folder)
+        its, done, rows = meta["config"], meta["done"], meta["rows"]
+        if other := [name for name in said | its if said.get(name) != its.get(name)]:
+            raise SystemExit(f"{folder}: a run with another {', '.join(other)}; choose a --run-dir")
+        state = restore(state, arrays, folder)
+    elif config.init_from:
+        arrays, meta = load(config.init_from)
+        if meta["config"]["script"] not in INIT_FROM or meta["config"]["units"] != said["units"]:
+            raise SystemExit(f"--init-from {config.init_from}: of another script, or other units")
+        arrays["agents/key"] = np.asarray(agents.key)
+        state |= restore({"agents": agents}, arrays, config.init_from)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(said, indent=1))
+    if config.wandb:
+        import wandb
+
+        name = "-".join(folder.resolve().parts[1:])[-100:]
+        wandb.init(project="offline-to-online", id=name, resume="allow", config=said)
+    skip = -1 if config.init_from else 0  # then the first round has no steps: the score before
+    rounds = [
+        (phase, train, max(first, 0), min(first + config.interval, steps))
+        for phase, steps, train in [*phases(config)][skip:]
+        for first in range(skip * config.interval, steps, config.interval)
+    ]
+    sizes = [last - first for *_, first, last in rounds]
+    bar = tqdm(total=sum(sizes), initial=sum(sizes[:done]), smoothing=0.05, disable=None)
+    make = partial(gym.vector.SyncVectorEnv, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    eval_envs = make([partial(make_env, source)] * config.num_seeds * config.eval_episodes)
+    run = config, jax.device_put(dataset), make([partial(make_env, source)] * config.num_seeds), bar
+    for number, (phase, train, first, last) in enumerate(rounds[done:], done + 1):
+        begin = time.time()
+        state["agents"], state["buffers"], info = train(*state.values(), run, first, last)
+        seconds, arrays = time.time() - begin, named_arrays(**state)
+        speed = info.pop("updates") * config.num_seeds / seconds
+        if bad := [name for name, x in (info | arrays).items() if not np.isfinite(x).all()]:
+            raise SystemExit(f"{phase} step {last}: {', '.join(bad[:3])} not finite; not saved")
+        info |= evaluate(state["agents"], eval_envs, source, config)
+        for i, seed in enumerate(seeds):
+            values = {name: f"{x[i]:.6g}" for name, x in info.items() if np.isfinite(x[i])}
+            row = {"phase": phase, "step": last, "seed": seed, "seconds": f"{seconds:.3f}"}
+            rows.append(row | {"updates_per_second": f"{speed:.1f}"} | values)
+        save(folder, arrays, {"config": said, "done": number, "rows": rows})
+        means = {name: float(np.mean(x)) for name, x in info.items() if np.isfinite(x).all()}
+        shown = "  ".join(f"{name} {x:.1f}" for name, x in means.items() if name in "return score")
+        tqdm.write(f"{phase:8} {last:>9,}  {shown}")
+        if config.wandb:
+            wandb.log({f"{phase}/{name}": x for name, x in means.items()} | {"step": last})
+
+
+if __name__ == "__main__":
+    main()
