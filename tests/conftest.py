@@ -102,9 +102,9 @@ def script_fixture(name):
     return pytest.fixture(scope="session")(lambda: load_script(name))
 
 
-iql, cql, cal_ql, sac_finetune, pa_rl, uni_o4, td3_c = (
+iql, cql, cal_ql, sac_finetune, pa_rl, uni_o4, td3_c, opal = (
     script_fixture(f"algorithms/{name}.py")
-    for name in ("iql", "cql", "cal_ql", "sac_finetune", "pa_rl", "uni_o4", "td3_c")
+    for name in ("iql", "cql", "cal_ql", "sac_finetune", "pa_rl", "uni_o4", "td3_c", "opal")
 )
 bc, fql, ppo, rebrac, rlpd, sac, td3_bc = (
     script_fixture(f"baselines/{name}.py")

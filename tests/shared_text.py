@@ -37,6 +37,7 @@ SCRIPTS = {  # README's table: what, paper, nearest sibling
     "algorithms/pa_rl.py": (
         "any class of policy, by optimised actions", "2412.06685", "algorithms/cal_ql.py"
     ),
+    "algorithms/opal.py": ("IQL over skills learnt before", "2010.13611", "algorithms/iql.py"),
     "baselines/bc.py": ("behaviour cloning, %BC", "2106.01345", "algorithms/iql.py"),
     "baselines/td3_bc.py": ("TD3 that imitates", "2106.06860", "algorithms/iql.py"),
     "baselines/sac.py": ("soft actor-critic, from scratch", "1812.05905", "algorithms/iql.py"),
