@@ -59,6 +59,7 @@ SCRIPTS = {  # README's table: what, paper, nearest sibling
     "algorithms/moore.py": (
         "SAC with learnt models; a reconstruction", "2201.10070", "baselines/sac.py"
     ),
+    "algorithms/opal.py": ("IQL over skills learnt before", "2010.13611", "algorithms/iql.py"),
     "baselines/bc.py": ("behaviour cloning, %BC", "2106.01345", "algorithms/iql.py"),
     "baselines/td3_bc.py": ("TD3 that imitates", "2106.06860", "algorithms/iql.py"),
     "baselines/sac.py": ("soft actor-critic, from scratch", "1812.05905", "algorithms/iql.py"),

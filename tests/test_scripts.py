@@ -64,6 +64,7 @@ DIFFS = {  # changed lines, module docstrings left out
     ("baselines/sac.py", "algorithms/moore.py"): 320,
     ("algorithms/cql.py", "algorithms/off2on.py"): 310,
     ("algorithms/cql.py", "algorithms/enoto.py"): 130,
+    ("algorithms/iql.py", "algorithms/opal.py"): 300,
 }
 
 
@@ -255,6 +256,8 @@ def tiny_flags(name, data):
             "model_hidden_dims": "16 16", "num_elites": "1",
             "reference_returns": "-1600 -100"}  # fmt: skip
             "first_updates": "40"}  # fmt: skip
+            "model_hidden_dims": "16 16", "num_elites": "1", "skill_hidden_dims": "16 16",
+            "gru_layers": "1"}  # fmt: skip
     for field, value in own.items():
         if re.search(rf"^    {field}: ", text, re.M):
             flags += ["--" + field.replace("_", "-"), *value.split()]
