@@ -72,7 +72,7 @@ class Config:
     offline_steps: int = 1_000_000  # updates on the dataset
     online_steps: int = 1_000_000  # environment steps after that, per seed
     interval: int = 10_000  # updates or environment steps per round: train, evaluate, save
-    eval_episodes: int = 10  # per evaluation and seed
+    eval_episodes: int = 10  # per evaluation and seed; more than 10 in tens
     run_dir: str = ""  # folder of this run; default: runs/<script>/<dataset>/seed<seed>
     init_from: str = ""  # folder of a finished run: skip all but the last phase, use its agents
     wandb: bool = False  # also log to Weights & Biases
@@ -403,7 +403,7 @@ class Batch:
 
 def rescale(x, multiplier, offset):
     """The environment's units -> the agent's, for data and steps alike."""
-    return (np.asarray(x) * multiplier + offset).astype(np.float32)
+    return (np.asarray(x) * multiplier + offset).astype(np.float32, copy=False)
 
 
 def make_env(source):
@@ -432,7 +432,7 @@ def load_dataset(config, data, env):
         step = observations[:-1], episode.actions, episode.rewards, observations[1:]
         parts.append(Batch(*step, 1.0 - episode.terminations, 1.0 * ends))
     if data:
-        rows = jax.tree.map(lambda *xs: np.concatenate(xs, dtype=np.float32), *parts)
+        rows, parts = jax.tree.map(lambda *xs: np.concatenate(xs, dtype=np.float32), *parts), []
         file = data.storage.data_path / "main_data.hdf5"
         metadata, digest = data.storage.metadata, hashlib.sha256(file.read_bytes()).hexdigest()
         if np.abs(rows.actions).max() <= 1 + 1e-3 and (high >= 1).all():
@@ -475,8 +475,7 @@ def update_steps(agents, dataset, config, update, num_steps):
     def body(agent, _):
         key, sample_key = jax.random.split(agent.key)
         rows = jax.random.randint(sample_key, (config.batch_size,), 0, len(dataset.rewards))  # (B,)
-        batch = jax.tree.map(lambda x: x[rows], dataset)
-        return update(agent.replace(key=key), batch, config)
+        return update(agent.replace(key=key), jax.tree.map(lambda x: x[rows], dataset), config)
 
     agents, info = for_each_seed(partial(jax.lax.scan, body, length=num_steps), agents)
     return agents, jax.tree.map(partial(jnp.sum, axis=1), info)
@@ -497,10 +496,10 @@ def offline_round(agents, buffers, run, first, last, update):
 act_all = jax.jit(jax.vmap(act, in_axes=(0, 0, None)), static_argnums=2)  # (S, E, O) -> (S, E, A)
 
 
-def evaluate(agents, envs, source, config):
-    """Mean return and score (S,) of an episode in each of S * E environments, always the same."""
-    shape = config.num_seeds, config.eval_episodes
-    seeds = [10_000 * (config.seed + i) + episode for i, episode in np.ndindex(*shape)]
+def evaluate(agents, envs, source, config, first):
+    """Mean return and score (S,) of the `first` and the next episodes, always the same."""
+    shape = config.num_seeds, envs.num_envs // config.num_seeds
+    seeds = [10_000 * (config.seed + i) + first + episode for i, episode in np.ndindex(*shape)]
     (observations, _), (returns, reached) = envs.reset(seed=seeds), np.full((2, len(seeds)), np.nan)
     while np.isnan(returns).any():
         actions = np.asarray(act_all(agents, observations.reshape(*shape, -1), config))
@@ -595,8 +594,7 @@ def main(arguments=None):
     agents = jax.jit(create)(jnp.stack([jax.random.PRNGKey(seed) for seed in seeds]))
     shape = config.num_seeds, max(1, min(config.buffer_size, config.online_steps))
     buffers = jax.tree.map(lambda x: jnp.zeros((*shape, *x.shape[1:]), np.float32), dataset)
-    state = {"agents": agents, "buffers": buffers}
-    done, rows = 0, []  # rounds, and rows of metrics.csv
+    state, done, rows = {"agents": agents, "buffers": buffers}, 0, []  # rounds, rows of metrics.csv
     if (folder / "checkpoint.npz").exists():
         arrays, meta = load(folder)
         its, done, rows = meta["config"], meta["done"], meta["rows"]
@@ -625,7 +623,7 @@ def main(arguments=None):
     sizes = [last - first for *_, first, last in rounds]
     bar = tqdm(total=sum(sizes), initial=sum(sizes[:done]), smoothing=0.05, disable=None)
     make = partial(gym.vector.SyncVectorEnv, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
-    eval_envs = make([partial(make_env, source)] * config.num_seeds * config.eval_episodes)
+    eval_envs = make([partial(make_env, source)] * config.num_seeds * min(10, config.eval_episodes))
     run = config, jax.device_put(dataset), make([partial(make_env, source)] * config.num_seeds), bar
     for number, (phase, train, first, last) in enumerate(rounds[done:], done + 1):
         begin = time.time()
@@ -634,7 +632,9 @@ def main(arguments=None):
         speed = info.pop("updates") * config.num_seeds / seconds
         if bad := [name for name, x in (info | arrays).items() if not np.isfinite(x).all()]:
             raise SystemExit(f"{phase} step {last}: {', '.join(bad[:3])} not finite; not saved")
-        info |= evaluate(state["agents"], eval_envs, source, config)
+        ask = partial(evaluate, state["agents"], eval_envs, source, config)
+        scores = [ask(first) for first in range(0, config.eval_episodes, 10)]
+        info |= jax.tree.map(lambda *xs: np.mean(xs, axis=0), *scores)
         for i, seed in enumerate(seeds):
             values = {name: f"{x[i]:.6g}" for name, x in info.items() if np.isfinite(x[i])}
             row = {"phase": phase, "step": last, "seed": seed, "seconds": f"{seconds:.3f}"}
