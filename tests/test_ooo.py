@@ -91,8 +91,8 @@ def seen(ooo, monkeypatch):
 
 
 def test_bounds_are_what_the_rewards_can_add_up_to(seen):
-    """With discount 0.9 the sum of equal rewards without an end is 10 of them. Each agent's are of
-    the dataset and its own steps; rows of the buffer that no step filled do not count."""
+    """With discount 0.9 ten times a reward, or once. Each agent's are of the dataset and its own
+    steps; rows of the buffer that no step filled do not count."""
     for old, new, steps, low, high in (
         ([-1, -1], [[0, -1], [-1, -1]], 2, [-10, -10], [0, -1]),  # the second one has no success
         ([1, 2], [[3, 1], [2, 2]], 2, [1, 1], [30, 20]),
