@@ -13,14 +13,15 @@ it cannot predict; then a fresh one is trained on the data and all online steps,
     IQL (6)  L_Q = E[ mean_i ([r + discount * V(s')] + bonus_scale * b - Q_i(s, a))^2 ]
     IQL (7)  L_pi = -E[ exp(beta * (min_i Qtarget_i(s, a) - V(s))) * log pi(a | s) ]
 
-Retraining has no b; there [.] is the clip to what the rewards in its data can add up to, from min r
-to max r, / (1 - discount), and `upsample` rows of a batch are of those with the reward max r.
+Retraining has no b, and [.] clips to what its data's rewards can add up to, [min r, max r] / (1 -
+discount); `upsample` rows of a batch are of those with the reward max r. While exploring, [.] clips
+to --q-bounds: far off, as a rule.
 
     python algorithms/ooo.py  # on the repository's data, or: --dataset D4RL/antmaze/umaze-v1
 
 Deviations from the authors' code (github.com/MaxSobolMark/OOO, its IQL); the paper was not at hand:
  1. One command for two scripts. Theirs retrains for several N: --init-from RUN --online-steps N.
-    Its bounds see rewards after N, too, and not that r < 0 may be a whole return (or 100 r > r).
+    Its bounds are of rewards after N, too; ours hold r as well, the return of an episode that ends.
  2. With no success a batch is uniform (theirs is smaller). Kitchen: Minari pays a task once; such
     rows are upsampled, there episodes with four tasks. Theirs has a reward shift of -4.
  3. Adroit: Minari's rewards are dense (binary: --q-bounds -100 500). pointmaze is their maze2d,
@@ -303,7 +304,7 @@ def gradient_step(train_state, loss_fn, *args):
 
 
 def update(agent, batch, config, bonus=0.0):
-    """IQL's: V, pi (with the new V), Q, target Q; without a bonus (B,) that of retraining."""
+    """IQL's: V, pi (with the new V), Q, target Q. Retraining is this alone, with no bonus (B,)."""
     key, actor_key = jax.random.split(agent.key)
     value, value_info = gradient_step(agent.value, value_loss, agent, batch, None, config)
     agent = agent.replace(value=value, key=key)
@@ -411,7 +412,7 @@ def retrain_batch(data, best, key, config):
 
 @partial(jax.jit, static_argnames=("config", "num_steps", "anew"), donate_argnames="agents")
 def retrain_steps(agents, buffers, dataset, config, num_steps, anew):
-    """update_steps on the dataset and the buffers' rows; `anew`: of agents that know nothing."""
+    """update_steps on the dataset and the buffers' rows; `anew`: agents begin from nothing."""
 
     def one_seed(agent, buffer):
         new = jax.tree.map(lambda x: x[: config.online_steps], buffer)
@@ -434,7 +435,7 @@ def retrain_steps(agents, buffers, dataset, config, num_steps, anew):
 
 
 def retrain_round(agents, buffers, run, first, last):
-    """Updates `first` to `last`, the first of agents that begin anew. Nothing is explored."""
+    """Updates `first` to `last`, before the first of which the agents are made anew."""
     (config, dataset, _, bar), totals = run, []
     if first == 0 and config.init_from:
         arrays, meta = load(config.init_from)

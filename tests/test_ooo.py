@@ -91,8 +91,8 @@ def seen(ooo, monkeypatch):
 
 
 def test_bounds_are_what_the_rewards_can_add_up_to(seen):
-    """With discount 0.9 the sum of equal rewards without an end is 10 of them. Each agent's are of
-    the dataset and its own steps; rows of the buffer that no step filled do not count."""
+    """With discount 0.9 ten times a reward, or once. Each agent's are of the dataset and its own
+    steps; rows of the buffer that no step filled do not count."""
     for old, new, steps, low, high in (
         ([-1, -1], [[0, -1], [-1, -1]], 2, [-10, -10], [0, -1]),  # the second one has no success
         ([1, 2], [[3, 1], [2, 2]], 2, [1, 1], [30, 20]),
@@ -127,15 +127,17 @@ def test_without_a_success_a_batch_is_uniform_and_agents_are_fresh_but_once(seen
 
 
 def test_every_draw_has_a_key_of_its_own(ooo, monkeypatch):
+    """A key is drawn from or split, once: twice split, given to two losses, left for later."""
     config = ooo.Config(hidden_dims=(4,), rnd_dims=(4, 4))
     agent = ooo.create_agent(jax.random.PRNGKey(0), *[jnp.zeros((1, 1))] * 2, config)
-    rows, keys = [jnp.ones((4, 1)), jnp.ones(4)], [agent.key]
+    rows, keys, split = [jnp.ones((4, 1)), jnp.ones(4)], [], jax.random.split
     batch = ooo.Batch(rows[0], *rows, rows[0], rows[1], rows[1])
     spy = lambda state, loss, *inputs: keys.append(inputs[2]) or (state, {})  # noqa: E731
     monkeypatch.setattr(ooo, "gradient_step", spy)
+    monkeypatch.setattr(jax.random, "split", lambda key: keys.append(key) or split(key))
     keys.append(ooo.explore_update(agent, batch, config)[0].key)
     keys = [key for key in keys if getattr(key, "dtype", None) == np.uint32]
-    assert len(np.unique(np.stack(keys), axis=0)) == len(keys) == 4
+    assert len(np.unique(np.stack(keys), axis=0)) == len(keys) == 5
 
 
 # ------------------------------------------------------------------------------------- Three phases
