@@ -12,7 +12,7 @@ step one of them is drawn, by the softmax of what each expects of its own action
             a'   = clip(pi_target(s') + clip(noise, -noise_clip, noise_clip), -1, 1)
     bc      L_pi = -q_weight / mean|Q_1(s, pi(s))| * E[ Q_1(s, pi(s)) ] + E[ (pi(s) - a)^2 ]
     td3     L_pi = -E[ Q_1(s, pi(s)) ], online; all this is of each member alone
-    explore p(k) = softmax_k( choice_scale * min_i Q_i(s, pi(s)) ), Q_i and pi of member k
+    explore  p(k) = softmax_k( choice_scale * min_i Q_i(s, pi(s)) ), Q_i and pi of member k
 
     python algorithms/boorl.py                                    # the dataset in this repository
     python algorithms/boorl.py --dataset mujoco/hopper/medium-v0  # any Minari dataset here
