@@ -340,7 +340,7 @@ class SkillEnvs:
     or to the episode's end; its reward is their discounted sum. state["agents"] play."""
 
     def __init__(self, envs, state, config):
-        self.envs, self.state, self.config = envs.envs, state, config
+        self.envs, self.num_envs, self.state, self.config = envs.envs, envs.num_envs, state, config
 
     def reset(self, seed):
         starts = [env.reset(seed=own)[0] for env, own in zip(self.envs, seed, strict=True)]
