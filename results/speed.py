@@ -37,6 +37,14 @@ CASES = {  # name: (script, phase, steps of a round, flags)
     "td3_bc offline": ("baselines/td3_bc.py", "offline", 500, "--online-steps 0"),
     "iql 4x512 offline": ("algorithms/iql.py", "offline", 50, f"--online-steps 0 {WIDE}"),
     "fql offline": ("baselines/fql.py", "offline", 200, "--online-steps 0 --hidden-dims 256 256"),
+    "adaptive_bc offline": ("algorithms/adaptive_bc.py", "offline", 100, "--online-steps 0"),
+    "boorl offline": ("algorithms/boorl.py", "offline", 100, "--online-steps 0"),
+    "off2on online": (
+        "algorithms/off2on.py",
+        "online",
+        100,
+        "--offline-steps 10 --first-updates 1",
+    ),
     "iql start": ("algorithms/iql.py", "start", 1, "--online-steps 0"),
     "iql 1M rows start": ("algorithms/iql.py", "start", 1, f"--online-steps 0 --dataset {ROWS}"),
 }
@@ -99,6 +107,8 @@ def bare(case, steps, flags):
     if len(dataset.rewards) == 1:  # an online script's
         draw = lambda x: rng.uniform(-1, 1, (10_000, *x.shape[1:])).astype(np.float32)  # noqa: E731
         dataset = jax.tree.map(draw, dataset)
+    if hasattr(module, "bootstrap_round"):  # BOORL's members have rows of their own
+        dataset = jax.tree.map(lambda x: np.stack([x] * config.num_members, axis=1), dataset)
     if hasattr(module, "monte_carlo_returns"):  # Cal-QL's bound; its values cost nothing
         dataset = dataset.replace(mc_returns=0 * dataset.rewards)
     inputs = {"observation": dataset.observations[:1], "action": dataset.actions[:1]}
