@@ -417,13 +417,12 @@ def phases(config):
 def online_batch(dataset, buffer, size, key, config):
     """Transitions (3, B, ...): by priority, of the dataset, of the `size` newest; the first's rows.
     By priority: one from each of B equal parts of the sum, first its block, then its place there,
-    for a cumulative sum of a million priorities takes as long as an update."""
+    for a cumulative sum of a million priorities is slow (1 ms instead of 14 on a CPU)."""
     new, priorities = buffer  # rows (C, ...), (P, K)
     keys, shape, count = jax.random.split(key), (config.batch_size,), len(dataset.rewards)
     ends = jnp.cumsum(priorities.sum(axis=1))  # (P,)
-    wanted = (
-        (jnp.arange(shape[0]) + jax.random.uniform(keys[0], shape)) / shape[0] * ends[-1]
-    )  # (B,)
+    parts = jnp.arange(shape[0]) + jax.random.uniform(keys[0], shape)  # (B,)
+    wanted = parts / shape[0] * ends[-1]  # (B,)
     block = jnp.searchsorted(ends, wanted)  # (B,)
     inside = jnp.cumsum(priorities[block], axis=1)  # (B, K)
     rest = wanted - jnp.append(0.0, ends)[block]  # (B,)
@@ -483,7 +482,7 @@ def balanced_round(agents, buffers, run, first, last):
     seeds = [10**9 * (config.seed + i + 1) + first for i in range(config.num_seeds)]
     observations, _ = envs.reset(seed=seeds)  # (S, O)
     step_all = partial(online_step, dataset=dataset, config=config, update=online_update)
-    agents, actions, _ = step_all(agents, buffers, 0, observations, learn=False)
+    agents, actions, _ = step_all(agents, buffers[:2], 0, observations, learn=False)
     for step in range(first, last):
         after, rewards, terminated, truncated, info = envs.step(np.asarray(actions))  # (S, ...)
         following, ends = after.copy(), terminated | truncated | (step + 1 == last)
@@ -496,9 +495,8 @@ def balanced_round(agents, buffers, run, first, last):
         many = config.first_updates if step + 1 == config.warmup_steps else 1
         size, due = min(step + 1, capacity), step + 1 >= config.warmup_steps
         for _ in range(many):
-            agents, actions, info = step_all(
-                agents, (new, priorities), size, observations, learn=due
-            )
+            replay = new, priorities
+            agents, actions, info = step_all(agents, replay, size, observations, learn=due)
             if due:
                 drawn = info.pop("rows"), info.pop("priorities")
                 priorities, largest = prioritize(priorities, largest, *drawn)

@@ -63,6 +63,7 @@ DIFFS = {  # changed lines, module docstrings left out
     ("algorithms/cql.py", "algorithms/sac_finetune.py"): 220,
     ("baselines/sac.py", "algorithms/moore.py"): 320,
     ("algorithms/cql.py", "algorithms/off2on.py"): 310,
+    ("algorithms/cql.py", "algorithms/off2on.py"): 305,
     ("algorithms/cql.py", "algorithms/enoto.py"): 130,
     ("algorithms/iql.py", "algorithms/opal.py"): 300,
 }
