@@ -10,6 +10,7 @@ training script.
 import argparse
 import ast
 import difflib
+import json
 from collections import defaultdict
 from pathlib import Path
 
@@ -32,11 +33,11 @@ SCRIPTS = {  # README's table: what, paper, nearest sibling
         "five CQL agents as one, balanced replay", "2107.00591", "algorithms/cql.py"
     ),
     "algorithms/enoto.py": (
-        "CQL with many critics; a reconstruction", "2306.06871",
+        "CQL with many critics, optimistic online", "2306.06871",
         "algorithms/cql.py",
     ),
     "algorithms/td3_c.py": (
-        "TD3 held to a slow pace; a reconstruction", "2303.17396", "baselines/td3_bc.py"
+        "TD3 held to a slow pace", "2303.17396", "baselines/td3_bc.py"
     ),
     "algorithms/uni_o4.py": (
         "PPO offline, gated by a model, and online", "2311.03351", "baselines/ppo.py"
@@ -57,7 +58,7 @@ SCRIPTS = {  # README's table: what, paper, nearest sibling
         "IQL explores by RND, a fresh one is retrained", "2310.08558", "algorithms/iql.py"
     ),
     "algorithms/moore.py": (
-        "SAC with learnt models; a reconstruction", "2201.10070", "baselines/sac.py"
+        "SAC with learnt models, by an abstract", "2201.10070", "baselines/sac.py"
     ),
     "algorithms/opal.py": ("IQL over skills learnt before", "2010.13611", "algorithms/iql.py"),
     "baselines/bc.py": ("behaviour cloning, %BC", "2106.01345", "algorithms/iql.py"),
@@ -77,6 +78,7 @@ SCRIPTS = {  # README's table: what, paper, nearest sibling
     "baselines/ppo.py": ("PPO, from scratch", "1707.06347", "baselines/sac.py"),
     "baselines/collect.py": ("makes, converts and checks datasets", "2004.07219", None),
 }  # fmt: skip
+RECONSTRUCTIONS = {f"algorithms/{name}.py" for name in ("td3_c", "enoto", "opal", "moore")}
 MAIN_LINES = 4  # that `main` may have beside those of iql.py's
 
 
@@ -133,14 +135,25 @@ def changed_lines(one, other):
     return len([x for x in diff if x[0] in "+-" and x[:3] not in ("+++", "---")])
 
 
+def basis(name):
+    """What a script's updates are held to; results/golden.json lists the authors' numbers."""
+    golden = json.loads((ROOT / "results" / "golden.json").read_text())
+    numbers = ["numbers"] * any(row["script"] == name for row in golden.values())
+    if "collect" in name:
+        return ""
+    return ", ".join([*numbers, *["reconstruction"] * (name in RECONSTRUCTIONS)]) or "equations"
+
+
 def readme_table():
     """The table of scripts."""
-    rows = ["| script | what | paper | lines | changed lines from |", "|---|---|---|---|---|"]
+    names = ("script", "what", "paper", "held to", "lines", "changed lines from")
+    rows = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for name, (what, paper, sibling) in SCRIPTS.items():
         lines = len((ROOT / name).read_text().splitlines())
-        link = f"[{paper}](https://arxiv.org/abs/{paper})"
+        link = f"https://arxiv.org/abs/{paper}"
         changed = f"{changed_lines(sibling, name)} from {Path(sibling).name}" if sibling else ""
-        rows.append(f"| [{Path(name).name}]({name}) | {what} | {link} | {lines} | {changed} |")
+        cells = f"[{Path(name).name}]({name})", what, link, basis(name), str(lines), changed
+        rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
