@@ -8,8 +8,8 @@ might have met, old or new: a network tells how much likelier a row is to be new
     Lee, Seo, Lee, Abbeel, Shin: Offline-to-Online RL via Balanced Replay and Pessimistic
     Q-Ensemble, arXiv 2107.00591
 
-    offline  each member e by cql.py's losses, L_Q = sum_i E[ (r + discount * min_i Qtarget_ei(s',
-             a') - Q_ei(s, a))^2 ] + cql_alpha * D_ei, a' ~ pi_e(s'); then copies of all, as one:
+    offline  L_Q = sum_i E[ (r + discount * min_i Qtarget_ei(s', a') - Q_ei(s, a))^2 ] + cql_alpha
+             * D_ei, a' ~ pi_e(s'), each member e alone, by cql.py's losses; then copies of all:
     pi(s)    = tanh of N(mean_e mu_e, mean_e std_e^2 + var_e mu_e), matched to the mixture's moments
     L_Q      = sum_ei E[ (r + discount * V_e(s') - Q_ei(s, a))^2 ]
     V_e(s')  = min_i Qtarget_ei(s', a') - temperature * log pi(a' | s'), a' ~ pi(s')

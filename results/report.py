@@ -48,7 +48,8 @@ SYMBOLS = {  # left side of an equation: the functions that may hold it, the fir
     "L_Q": "critic_loss", "L_V": "value_loss expectile_loss", "L_pi": "actor_loss",
     "L_alpha": "temperature_loss", "L_mult": "multiplier_loss", "L_kl": "kl_loss",
     "V": "bellman_error critic_loss", "D": "conservative_difference", "J": "amq_scores",
-    "A": "optimise", "pi*": "optimise", "a'": "local_step",
+    "A": "optimise", "pi*": "optimise", "a'": "local_step", "explore": "explore", "P": "update",
+    "pi": "matched_policy", "L_w": "ratio_loss", "priority": "ratio_loss", "b": "explore_update",
 }  # fmt: skip
 PUBLISHED = {  # Flow Q-Learning, arXiv 2502.02538, table 3: cube-single task 2, 8 seeds, 1M updates
     "iql-ogbench": "85 ± 8", "rebrac-ogbench": "92 ± 4", "fql-ogbench": "97 ± 2",
