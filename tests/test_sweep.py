@@ -123,7 +123,8 @@ def test_a_killed_trial_finishes_with_the_same_agents_and_a_bad_one_is_named(mat
 
 @linux
 def test_a_stopped_sweep_leaves_no_process(matrix):
-    matrix.write_text(MATRIX.partition('[[trials]]\nname = "bad"')[0])
+    longer = MATRIX.replace("--offline-steps 400", "--offline-steps 40000")
+    matrix.write_text(longer.partition('[[trials]]\nname = "bad"')[0])
     process, run = sweep(matrix, "stopped")
     wait_for(lambda: (run / "checkpoint.npz").exists())
     process.send_signal(signal.SIGINT)
