@@ -340,6 +340,19 @@ def gradient_step(train_state, loss_fn, *args):
     return train_state.apply_gradients(grads=grads), info
 
 
+def sac_update(agent, batch, config):
+    """One update: Q, pi (against the new Q), temperature (at the policy's entropy), target Q."""
+    key, critic_key, actor_key = jax.random.split(agent.key, 3)
+    critic, critic_info = gradient_step(agent.critic, critic_loss, agent, batch, critic_key, config)
+    agent = agent.replace(critic=critic, key=key)
+    actor, actor_info = gradient_step(agent.actor, actor_loss, agent, batch, actor_key, config)
+    inputs = agent, actor_info["entropy"], batch.actions.shape[-1], config
+    temperature, temperature_info = gradient_step(agent.temperature, temperature_loss, *inputs)
+    target = optax.incremental_update(critic.params, agent.target_critic_params, config.tau)
+    agent = agent.replace(actor=actor, temperature=temperature, target_critic_params=target)
+    return agent, critic_info | actor_info | temperature_info
+
+
 def fit_dynamics(agent, batch, config):
     """One update of the M models, each on its part (B, ...) of the batch (M * B, ...)."""
     shape = config.num_models, config.model_batch_size
@@ -402,19 +415,6 @@ def online_update(agent, batches, config):
 
     agent, info = jax.lax.scan(body, agent, batches)
     return agent, jax.tree.map(jnp.mean, info)
-
-
-def sac_update(agent, batch, config):
-    """One update: Q, pi (against the new Q), temperature (at the policy's entropy), target Q."""
-    key, critic_key, actor_key = jax.random.split(agent.key, 3)
-    critic, critic_info = gradient_step(agent.critic, critic_loss, agent, batch, critic_key, config)
-    agent = agent.replace(critic=critic, key=key)
-    actor, actor_info = gradient_step(agent.actor, actor_loss, agent, batch, actor_key, config)
-    inputs = agent, actor_info["entropy"], batch.actions.shape[-1], config
-    temperature, temperature_info = gradient_step(agent.temperature, temperature_loss, *inputs)
-    target = optax.incremental_update(critic.params, agent.target_critic_params, config.tau)
-    agent = agent.replace(actor=actor, temperature=temperature, target_critic_params=target)
-    return agent, critic_info | actor_info | temperature_info
 
 
 def explore(agent, observation, key, config):
