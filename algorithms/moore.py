@@ -24,7 +24,7 @@ Ours, all of the rest:
     for `refit_steps` at the start of every online round, on all rows so far.
  2. MOPO's penalty (arXiv 2005.13239), constant: it falls with the models' deviations. Rollouts are
     made anew for every update and stored nowhere; one that ends, by the environment's rule
-    (`termination`), begins again where it began.
+    (`termination`, of raw observations), begins again where it began.
  3. The priority of a source is its TD error, times a constant; of a single row there is none.
  4. SAC, two updates per step; all sizes, rates and presets.
  5. Rounds begin with fresh episodes, the last ones are cut off, as by a time limit.
@@ -393,11 +393,12 @@ def update(agent, batch, config, online=None):
     shares = jnp.array(config.priorities) * agent.td_errors * there  # (3,), not normalised
     source = jax.random.categorical(source_key, jnp.log(shares), shape=batch.rewards.shape)  # (B,)
     choose = jax.vmap(jnp.where)
-    real = jax.tree.map(partial(choose, source == 1), batch if online is None else online, batch)
+    new = batch if online is None else online  # (B, ...)
+    real = jax.tree.map(partial(choose, source == 1), new, batch)  # (B, ...)
     count = -(-len(source) // config.horizon)
     imagined, deviation = imagine(agent, real.observations[:count], model_key, config)
     imagined = jax.tree.map(lambda x: x[: len(source)], imagined)  # (B, ...)
-    rows = jax.tree.map(partial(choose, source == 2), imagined, real)
+    rows = jax.tree.map(partial(choose, source == 2), imagined, real)  # (B, ...)
     agent, info = sac_update(agent.replace(key=sac_key), rows, config)
     from_source = jax.nn.one_hot(source, 3)  # (B, 3)
     error = info.pop("td_error") @ from_source / jnp.maximum(from_source.sum(axis=0), 1.0)  # (3,)
@@ -473,6 +474,8 @@ def fit_models(agents, buffers, dataset, size, config, num_steps):
 # ------------------------------------------------------------------------------- Offline to online
 def phases(config):
     """The run, phase by phase: name, number of steps, and what one round of them does."""
+    if config.termination and config.normalize_observations:
+        raise SystemExit(f"--termination {config.termination}: of observations as they are")
     yield "dynamics", config.dynamics_steps, fitting_round
     yield "offline", config.offline_steps, partial(offline_round, update=update)
     yield "online", config.online_steps, refitted_round
@@ -484,25 +487,33 @@ def fitting_round(agents, buffers, run, first, last):
     x = jnp.concatenate([dataset.observations, dataset.actions], axis=1)  # (D, O + A)
     std = jnp.where(x.std(axis=0) < 1e-12, 1.0, x.std(axis=0))  # (O + A,)
     mean, std = (jnp.tile(y, (config.num_seeds, 1)) for y in (x.mean(axis=0), std))
-    agents, infos = agents.replace(input_mean=mean, input_std=std), []
-    for begin in range(first, last, 100):
-        size = min(100, last - begin)
-        agents, info = fit_models(agents, buffers, dataset, 0, config, size)
+    agents = agents.replace(input_mean=mean, input_std=std)
+    agents, info = fit_in_slices(agents, buffers, dataset, 0, config, last - first, bar)
+    return agents, buffers, info | {"updates": last - first}
+
+
+def fit_in_slices(agents, buffers, dataset, size, config, num_steps, bar=None):
+    """`num_steps` updates of the models, in slices, so that the bar moves, if there is one."""
+    infos = []
+    for begin in range(0, num_steps, 100):
+        number = min(100, num_steps - begin)
+        agents, info = fit_models(agents, buffers, dataset, size, config, number)
         infos.append(jax.device_get(info))
-        bar.update(size)
-    means = jax.tree.map(lambda *xs: np.mean(xs, axis=0), *infos)
-    return agents, buffers, means | {"updates": last - first}
+        if bar:
+            bar.update(number)
+    return agents, jax.tree.map(lambda *xs: np.mean(xs, axis=0), *infos)
 
 
 def refitted_round(agents, buffers, run, first, last):
     """An online round, after the models have been fitted to all rows so far."""
     config, dataset, *_ = run
     size, fitted = min(first, buffers.rewards.shape[1]), {}
-    if first > 0:
-        agents, fitted = fit_models(agents, buffers, dataset, size, config, config.refit_steps)
+    if first > 0 and config.refit_steps > 0:
+        inputs = buffers, dataset, size, config, config.refit_steps
+        agents, fitted = fit_in_slices(agents, *inputs)
     train = partial(online_round, update=online_update, warmup=config.warmup_steps)
     agents, buffers, info = train(agents, buffers, run, first, last)
-    return agents, buffers, info | jax.device_get(fitted)
+    return agents, buffers, info | fitted
 
 
 def online_batch(dataset, buffer, size, key, config):

@@ -26,7 +26,7 @@ Deviations. The authors' code is not public: a reconstruction, held to a third p
  3. R is discounted, as in the paper (third party: a plain sum, and 0.99 per skill).
  4. pi is not tuned again on relabelled windows, the same as it was trained on, and plays its mean.
  5. Standard deviations in exp([-5, 2]) (theirs: [-10, 2]), batches of 256 (50), no gradient bound.
- 6. Rounds begin with fresh episodes. A skill that their end or a time limit cuts counts as whole.
+ 6. Rounds begin with fresh episodes. A skill that an end cuts counts as whole, as c steps, too.
 """
 
 # /// script

@@ -696,7 +696,8 @@ def play(env, num_steps, begin):
 def check_ranges(request):
     """Refuse numbers that make no dataset."""
     ranges = {"steps": (0 if isinstance(request, Replay) else 1, 10**8), "seed": (0, 2**31 - 1)}
-    for name, (low, high) in (ranges | {"noise": (0.0, 2.0)}).items():
+    ranges |= {"noise": (0.0, 2.0), "share": (0.0, 1.0), "processes": (0, 10_000)}
+    for name, (low, high) in ranges.items():
         value = getattr(request, name, low)
         if not low <= value <= high:
             fail(f"--{name} {value}: must be in [{low}, {high}]")

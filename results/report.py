@@ -235,7 +235,7 @@ def comparable_table(groups):
         offline, online = ([run[key] for run in runs] for key in ("offline", "online"))
         steps = [f"{count:,}" if count else "-" for count in (runs[0]["steps"] if runs else (0, 0))]
         offline, online = (show(x) if set(x) - {None} else "-" for x in (offline, online))
-        name = entry.removesuffix("-ogbench")
+        name = entry.removesuffix("-ogbench") + ", not run yet" * (not runs)
         lines.append(f"| {name} | {steps[0]} | {offline} | {published} | {steps[1]} | {online} |")
     return "\n".join(lines)
 

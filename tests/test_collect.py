@@ -716,6 +716,7 @@ def test_run_refusals(runs, refused, tmp_path):
     folder = shutil.copytree(runs / "iql", tmp_path / "run")
     assert_words(refused("replay", folder, *new, "--steps", 151), "--steps 151: the buffer has 150")
     assert_words(refused("replay", folder, *new, "--share", 0.5), "--share 0.5: a return of")
+    assert_words(refused("replay", folder, *new, "--share", 2), "--share 2.0: must be in")
     assert_words(refused("rollout", folder, *new, "--steps", 0), "--steps 0: must be in")
     content = (folder / "checkpoint.npz").read_bytes()
     (folder / "checkpoint.npz").write_bytes(content[: len(content) // 2])

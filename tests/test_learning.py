@@ -108,7 +108,16 @@ def test_normalised_returns(iql, pendulum):
     np.testing.assert_allclose(units["rewards"], [1000 / np.ptp(returns), 0], rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["iql", "sac"])
+OWN_LOOPS = {  # and those that share theirs
+    "iql": "--offline-steps=20",
+    "sac": "--warmup-steps=50",
+    "adaptive_bc": "--offline-steps=20 --utd-ratio=1 --reference-returns -1 1",
+    "off2on": "--offline-steps=20 --warmup-steps=50 --first-updates=1 --num-members=2 "
+    "--num-actions=2 --critic-hidden-dims 16 16",
+}
+
+
+@pytest.mark.parametrize("name", OWN_LOOPS)
 def test_online_transitions_are_the_environments(request, name, chain, tmp_path, monkeypatch):
     """The last two rounds of three, of two seeds, in a ring that is full: re-played from each
     round's seed they are the same, and a round's end is not a termination."""
@@ -118,14 +127,16 @@ def test_online_transitions_are_the_environments(request, name, chain, tmp_path,
     monkeypatch.setattr(script, "online_step", spy)
     script.main([
         *CHAIN, "--env-id=Chain-v0", "--seed=7", "--num-seeds=2", "--eval-episodes=1",
-        "--offline-steps=20" if name == "iql" else "--warmup-steps=50", "--online-steps=100",
-        "--interval=40", f"--buffer-size={size}", f"--run-dir={tmp_path}",
+        *OWN_LOOPS[name].split(), "--online-steps=100", "--interval=40",
+        f"--buffer-size={size}", f"--run-dir={tmp_path}",
     ])  # fmt: skip
     arrays, _ = script.load(tmp_path)
-    assert list(arrays["agents/critic/step"]) == [120 if name == "iql" else 50] * 2
-    assert name == "sac" or len({row["v"] for row in read_metrics(tmp_path)[:2]}) == 2  # keys
-    assert sizes == [*range(41), 0, *range(41, 60), *[60] * 21, 0, *[60] * 20]
-    buffers = {name.split("/")[1]: x for name, x in arrays.items() if name.startswith("buffers")}
+    if name in ("iql", "sac"):
+        assert list(arrays["agents/critic/step"]) == [120 if name == "iql" else 50] * 2
+        assert name == "sac" or len({row["v"] for row in read_metrics(tmp_path)[:2]}) == 2  # keys
+        assert sizes == [*range(41), 0, *range(41, 60), *[60] * 21, 0, *[60] * 20]
+    kept = {path.split("/")[-1]: x for path, x in arrays.items() if path.startswith("buffers")}
+    buffers = {field: kept[field] for field in script.Batch.__annotations__ if field in kept}
     for i, first, last in [(0, 40, 80), (0, 80, 100), (1, 40, 80), (1, 80, 100)]:
         found = {name: x[i, np.arange(first, last) % size] for name, x in buffers.items()}
         rows = play(2 * found["actions"], {0: 10**9 * (7 + i + 1) + first}.get)

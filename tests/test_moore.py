@@ -63,6 +63,12 @@ def test_an_ended_rollout_begins_again_where_it_began(moore, setting):
     )
 
 
+def test_the_rule_is_of_observations_as_they_are(moore):
+    config = moore.Config(termination="hopper", normalize_observations=True)
+    with pytest.raises(SystemExit, match="--termination hopper: of observations as they are"):
+        list(moore.phases(config))
+
+
 def test_rows_are_drawn_by_priority_times_error_and_errors_follow(moore, setting):
     config, agent, _ = setting
     size = 4000

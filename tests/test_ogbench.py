@@ -167,7 +167,7 @@ def test_ogbench_regenerated(world, collect, iql, tmp_path, monkeypatch):
     assert "singletask" in env.spec.id and dataset.total_steps == 2002
     episode, other = dataset.iterate_episodes()
     config, data, env = iql.parse_config(["--dataset", name])
-    assert config.preset.startswith("ogbench")
+    assert config.preset == {"cube-single": "ogbench/cube"}.get(world, "ogbench")
     rows, source = iql.load_dataset(config, data, env)
     assert source["reference"] == [0.0, 1.0] and np.abs(rows.actions).max() <= 1
     ended = np.concatenate([episode.terminations, other.terminations])
@@ -220,3 +220,6 @@ def test_ogbench_refusals(collect, capsys):
         with pytest.raises(SystemExit):
             collect.main(["ogbench", *flags, "--steps", "10"])
         assert "a task of 1 ... 5, of type play" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        collect.main(["ogbench", "scene", "--processes", "-1"])
+    assert "--processes -1: must be in" in capsys.readouterr().err

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 import tomllib
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -40,11 +41,12 @@ FLAGS = [
 ]  # fmt: skip
 
 # ------------------------------------------------------------------------------------ Line budgets
-# Design.md gives uni_o4 950 lines: its three settings, AM-Q and presets do not fit; nor do MOORe's
-# models and Off2On's replay fit 720, beside siblings of 591 and 719.
 BUDGETS = {"iql": 600, "bc": 600, "sac": 600, "td3_bc": 600, "sac_finetune": 820,
-           "uni_o4": 1220, "pa_rl": 950, "collect": 1110, "moore": 830,
-           "off2on": 780}  # fmt: skip
+           "uni_o4": 950, "pa_rl": 950, "collect": 900}  # fmt: skip
+# Above their budgets, and by how much they may be: Uni-O4's three settings, AM-Q and presets; eight
+# commands; MOORe's models and Off2On's replay, beside siblings of 591 and 719 lines.
+LONG = {"uni_o4": 1213, "collect": 1109, "moore": 835, "off2on": 774}
+TOO_LONG = pytest.mark.xfail(strict=True, reason="longer than design.md's budget")
 LATER = (
     "test_golden", "test_ogbench", "test_adaptive_bc", "test_apl", "test_boorl", "test_off2on",
     "test_ooo", "test_enoto", "test_opal", "test_moore", "test_awac", "test_pex",
@@ -63,19 +65,32 @@ DIFFS = {  # changed lines, module docstrings left out
     ("algorithms/iql.py", "baselines/pex.py"): 140,
     ("algorithms/cql.py", "algorithms/sac_finetune.py"): 220,
     ("baselines/sac.py", "algorithms/moore.py"): 320,
-    ("algorithms/cql.py", "algorithms/off2on.py"): 305,
+    ("algorithms/cql.py", "algorithms/off2on.py"): 260,
     ("algorithms/cql.py", "algorithms/enoto.py"): 130,
     ("algorithms/iql.py", "algorithms/opal.py"): 300,
 }
 
 
-@each_file
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=TOO_LONG) if Path(name).stem in LONG else name for name in FILES
+])  # fmt: skip
 def test_a_script_keeps_its_line_budget(name):
     lines = (ROOT / name).read_text().splitlines()
     assert len(lines) <= BUDGETS.get(os.path.basename(name)[:-3], 720)
-    if name in NAMES:
-        rule = next(i for i, line in enumerate(lines) if line.startswith(RULE))
-        assert len(lines) - rule <= 340
+
+
+def test_what_is_too_long_grows_no_longer_and_the_shared_part_keeps_its_budget():
+    for name in FILES:
+        lines = (ROOT / name).read_text().splitlines()
+        assert len(lines) <= LONG.get(Path(name).stem, 1000), name
+        rule = [i for i, line in enumerate(lines) if line.startswith(RULE)]
+        assert name not in NAMES or len(lines) - rule[0] <= 340
+    assert changed_lines("algorithms/cql.py", "algorithms/off2on.py") <= 301
+
+
+@pytest.mark.xfail(strict=True, reason="issue 22's 4,500 lines; the later issues have no budget")
+def test_all_tests_keep_the_line_budget():
+    assert sum(len(path.read_text().splitlines()) for path in ROOT.glob("tests/*.py")) <= 4500
 
 
 def test_the_house_keeps_its_line_budgets():
@@ -92,7 +107,9 @@ def test_the_tests_keep_their_line_budget():
     assert sum(len(path.read_text().splitlines()) for path in tests) <= 4500
 
 
-@pytest.mark.parametrize(("one", "other"), DIFFS)
+@pytest.mark.parametrize(("one", "other"), [
+    pytest.param(*pair, marks=TOO_LONG) if "off2on" in pair[1] else pair for pair in DIFFS
+])  # fmt: skip
 def test_siblings_differ_by_their_idea(one, other):
     assert changed_lines(one, other) <= DIFFS[one, other]
 
