@@ -38,6 +38,8 @@ def test_a_rollout_goes_on_from_where_it_is_and_pays_for_the_deviation(moore, se
     np.testing.assert_array_equal(by_step.observations[0], starts)
     np.testing.assert_array_equal(by_step.observations[1:], by_step.next_observations[:-1])
     assert (rows.masks == 1).all() and not np.array_equal(by_step.actions[0], by_step.actions[1])
+    steps = by_step.next_observations - by_step.observations  # of means 0.1: the rest is noise
+    assert np.abs(np.diff(steps, axis=0)).min() > 1e-4
     soft = lambda x: np.log1p(np.exp(x))  # noqa: E731
     log_var = 0.5 - soft(0.5 + 3)
     log_var = -10 + soft(log_var + 10)

@@ -21,6 +21,10 @@ close = partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
 
 
 # ----------------------------------------------------------------------------------------- ReBRAC
+def q_at(agent, batch, actions):
+    return agent.critic.apply_fn(agent.critic.params, batch.observations, actions)  # (N, B)
+
+
 def test_rebrac_losses(rebrac):
     """The target pays for the noisy next action's distance from the data's; pi for its own."""
     config = rebrac.Config(**SIZES, critic_imitation=0.7, actor_imitation=0.3, target_noise=0.8)
@@ -36,10 +40,23 @@ def test_rebrac_losses(rebrac):
     found, _ = compiled(rebrac, "critic_loss", config)(agent.critic.params, agent, batch, key)
     close(found, ((q - target) ** 2).mean(axis=1).sum())
     actions = agent.actor.apply_fn(agent.actor.params, batch.observations)
-    q = agent.critic.apply_fn(agent.critic.params, batch.observations, actions).min(axis=0)
-    imitation = ((actions - batch.actions) ** 2).sum(axis=1).mean()
-    found, _ = rebrac.actor_loss(agent.actor.params, agent, batch, None, config)
-    close(found, 0.3 * imitation - q.mean() / np.abs(q).mean())
+    tree, q = agent.critic.params["params"], q_at(agent, batch, actions)
+    bias = tree["bias"] + np.array([0.0, np.median(q[0] - q[1])])  # now either is the smaller one
+    critic = agent.critic.replace(params={"params": tree | {"bias": np.float32(bias)}})
+    agent = agent.replace(critic=critic)
+    q_of = partial(q_at, agent, batch)
+    assert set(np.argmin(q_of(actions), axis=0)) == {0, 1}
+    magnitude = np.abs(q_of(actions).min(axis=0)).mean()  # a constant: a gradient tells, no value
+
+    def by_hand(params):
+        actions = agent.actor.apply_fn(params, batch.observations)
+        imitation = ((actions - batch.actions) ** 2).sum(axis=1).mean()
+        return 0.3 * imitation - q_of(actions).min(axis=0).mean() / magnitude
+
+    wanted = jax.value_and_grad(by_hand)(agent.actor.params)
+    loss = partial(rebrac.actor_loss, agent=agent, batch=batch, key=None, config=config)
+    (found, _), gradient = jax.value_and_grad(loss, has_aux=True)(agent.actor.params)
+    jax.tree.map(close, (found, gradient), wanted)
 
 
 def test_next_actions_of_data_and_buffer(rebrac, pendulum, tmp_path):
