@@ -45,7 +45,7 @@ def test_rebrac_losses(rebrac):
     critic = agent.critic.replace(params={"params": tree | {"bias": np.float32(bias)}})
     agent = agent.replace(critic=critic)
     q_of = partial(q_at, agent, batch)
-    assert set(np.argmin(q_of(actions), axis=0)) == {0, 1}
+    assert set(np.argmin(q_of(actions), axis=0).tolist()) == {0, 1}
     magnitude = np.abs(q_of(actions).min(axis=0)).mean()  # a constant: a gradient tells, no value
 
     def by_hand(params):
