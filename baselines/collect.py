@@ -933,8 +933,9 @@ def ogbench(request):
     if "ant" in world:
         train_walker(request)
     episodes, count, processes = [], 0, request.processes or os.cpu_count()
+    quiet = warnings.simplefilter, ("ignore",)  # as in this process
     with (
-        ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool,
+        ProcessPoolExecutor(processes, get_context("spawn"), *quiet) as pool,
         tqdm(total=request.steps, unit=" steps", disable=None) as bar,
     ):
         play_all = pool.map if processes > 1 else map
@@ -1074,9 +1075,8 @@ def replay(request):
     count = request.steps or len(rows["ends"])
     if request.share < 1.0:
         level = request.share * float(online[-1]["return"])
-        reached = min(
-            row["step"] for row in online if row is online[-1] or float(row["return"]) >= level
-        )
+        good = [row["step"] for row in online if float(row["return"]) >= level]
+        reached = min([*good, steps])
         count = reached - steps + len(rows["ends"])  # the ring has lost the oldest
         if level <= 0 or count <= 0:
             fail(f"--share {request.share}: a return of {level}, reached at step {reached}")
