@@ -28,6 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 WIDE = "--hidden-dims 512 512 512 512"
 ROWS = "ogbench/cube-single-play-task2-v0"  # made by collect.py ogbench cube-single
+BALANCED = "--offline-steps 10 --first-updates 1 --warmup-steps 10"
 ROUNDS = 6  # of a run; the first one is not counted
 CASES = {  # name: (script, phase, steps of a round, flags)
     "iql offline": ("algorithms/iql.py", "offline", 500, "--online-steps 0"),
@@ -39,11 +40,12 @@ CASES = {  # name: (script, phase, steps of a round, flags)
     "fql offline": ("baselines/fql.py", "offline", 200, "--online-steps 0 --hidden-dims 256 256"),
     "adaptive_bc offline": ("algorithms/adaptive_bc.py", "offline", 100, "--online-steps 0"),
     "boorl offline": ("algorithms/boorl.py", "offline", 100, "--online-steps 0"),
-    "off2on online": (
+    "off2on online": ("algorithms/off2on.py", "online", 100, BALANCED),
+    "off2on 1M rows online": (
         "algorithms/off2on.py",
         "online",
         100,
-        "--offline-steps 10 --first-updates 1",
+        f"{BALANCED} --preset sac-medium-replay --dataset {ROWS}",
     ),
     "iql start": ("algorithms/iql.py", "start", 1, "--online-steps 0"),
     "iql 1M rows start": ("algorithms/iql.py", "start", 1, f"--online-steps 0 --dataset {ROWS}"),
@@ -107,17 +109,23 @@ def bare(case, steps, flags):
     if len(dataset.rewards) == 1:  # an online script's
         draw = lambda x: rng.uniform(-1, 1, (10_000, *x.shape[1:])).astype(np.float32)  # noqa: E731
         dataset = jax.tree.map(draw, dataset)
+    inputs = {"observation": dataset.observations[:1], "action": dataset.actions[:1]}
     if hasattr(module, "bootstrap_round"):  # BOORL's members have rows of their own
         dataset = jax.tree.map(lambda x: np.stack([x] * config.num_members, axis=1), dataset)
     if hasattr(module, "monte_carlo_returns"):  # Cal-QL's bound; its values cost nothing
         dataset = dataset.replace(mc_returns=0 * dataset.rewards)
-    inputs = {"observation": dataset.observations[:1], "action": dataset.actions[:1]}
     agent = module.create_agent(jax.random.PRNGKey(0), **inputs, config=config)
     indices = rng.integers(len(dataset.rewards), size=(steps, config.batch_size))
 
     def body(carry, rows):
-        agent, dataset = carry
-        agent, _ = module.update(agent, jax.tree.map(lambda x: x[rows], dataset), config)
+        (agent, dataset), update = carry, module.update
+        batch = jax.tree.map(lambda x: x[rows], dataset)
+        if case.startswith("off2on"):  # its online losses take three minibatches, and their rows
+            update, batch = (
+                module.online_update,
+                (jax.tree.map(lambda x: jnp.stack([x] * 3), batch), 0),
+            )
+        agent, _ = update(agent, batch, config)
         return (agent, dataset), None
 
     @jax.jit
