@@ -39,7 +39,7 @@ Deviations from the authors' code (github.com/MaxSobolMark/PolicyAgnosticRL):
     cut off, as by a time limit, and learnt from like finished ones.
  6. With --critic iql, whose release does not run, V has no LayerNorm and learns before Q from a
     random pair of critics. RLPD's critic, images and OpenVLA are not here.
- 7. Ours: the Gaussian's settings, the default run, the presets of PointMaze, Adroit and MuJoCo (the
+ 7. Ours: the Gaussian's settings, default run, presets of PointMaze, OGBench, Adroit, MuJoCo (the
     last two with a scalar Q: no bound is known); kitchen's online rate, diffusion's, is for all.
 """
 
@@ -149,6 +149,7 @@ PRESETS = {  # auto: the first whose name is in the dataset's or the environment
         online_steps=4_000, interval=2_000, policy_warmup=1_000, policy_width=64, policy_blocks=2,
         attention_heads=4, base_actions=16, kept_actions=4, ascent_steps=5, num_actions=4, tau=0.02,
         critic_hidden_dims=(128, 128), num_critics=2, batch_size=64),  # a CPU does it in minutes
+    "ogbench": dict(value_bins=128, return_rule="infinite", eval_episodes=50, interval=50_000),
     "maze": dict(reward_shift=-1.0, value_bins=128, return_rule="infinite", eval_episodes=100,
         interval=50_000),  # antmaze, pointmaze
     "kitchen": dict(reward_shift=-4.0, value_bins=128, value_range=(-400.0, 0.0), eval_episodes=50,

@@ -138,6 +138,7 @@ MAZE |= dict(reward_shift=-5.0, critic_hidden_dims=(256,) * 4, eval_episodes=100
 WIDE = dict(hidden_dims=(512,) * 3, critic_hidden_dims=(512,) * 3)
 PRESETS = {  # auto: the first whose name is in the dataset's or the environment's, else mujoco
     "sac-medium-replay": MUJOCO_CQL | dict(offline_steps=10**4, online_steps=10**4, interval=2000),
+    "ogbench": MAZE | dict(lagrange=False, cql_alpha=0.01, reward_shift=0.0, eval_episodes=50),
     "maze": MAZE,  # antmaze, pointmaze
     "kitchen": WIDE | dict(importance_sampling=False, backup_actions=10, offline_steps=500_000),
     "adroit": THREE_LAYERS | dict(cql_alpha=1.0, backup_actions=10, difference_range=(-200.0, 1e9)),

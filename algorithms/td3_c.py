@@ -34,7 +34,7 @@ Deviations from the authors' code (there is none: from the code of its neighbour
     (multiplier) and 3e-4 for 1e-4 (policy), violations and slack weigh the same.
  3. PROTO (arXiv 2305.15669): TD3+BC before it, not XQL; no penalty in the critic's target, whose
     actions are noisy here; 0.8 as its 2 is beside 2.5 Q; other replay, noise and reward scale.
- 4. As in td3_bc.py: the switch, initialisation, mazes, clipped actions, last rows, fresh episodes.
+ 4. As in td3_bc.py: the switch, initialisation, presets, clipped actions, last rows, fresh starts.
 """
 
 # /// script
@@ -120,6 +120,7 @@ class Config:
 
 PRESETS = {  # auto: the first whose name is in the dataset's or the environment's, else mujoco
     "sac-medium-replay": dict(offline_steps=50_000, online_steps=20_000, interval=5_000),
+    "ogbench": dict(eval_episodes=50, interval=50_000),
     "maze": dict(reward_shift=-1.0, online_steps=300_000, eval_episodes=100, interval=50_000),
     "mujoco": dict(),
 }

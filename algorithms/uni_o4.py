@@ -40,7 +40,7 @@ Deviations from the paper: (c) as in the authors' code, which the presets *-code
  8. The model sees the agent's units, divided by the data's std plus 1e-3 (theirs: 1e-10), its
     members all rows (theirs: a bootstrap sample each); a round ends an epoch. The offline clip is
     constant (theirs from update 200 on). Members are cloned side by side.
- 9. Where their scripts search horizons or learning rates, a preset has one; pointmaze is ours.
+ 9. Where their scripts search horizons or rates, a preset has one; ours: pointmaze, ogbench.
 10. Rounds begin with fresh episodes, the last ones are cut off, as by a time limit.
 """
 
@@ -173,14 +173,14 @@ CHANGES = (  # a preset, the one it inherits from, what it changes; special ones
     ("walker2d/medium-expert", "walker2d", dict(online_learning_rate=2e-5)),
     ("walker2d/medium-replay", "walker2d", dict(critic_steps=500_000)),
     ("halfcheetah", "mujoco", dict(activation="tanh", reward_scale=0.1, termination="halfcheetah")),
-    ("halfcheetah/medium-expert", "halfcheetah", dict(activation="relu", online_learning_rate=2e-5,
-                                                      epochs=10)),
+    ("halfcheetah/medium-expert", "halfcheetah",
+     dict(activation="relu", online_learning_rate=2e-5, epochs=10)),
     ("halfcheetah/medium-replay", "halfcheetah", dict(normalize_observations=False, epochs=20)),
     ("adroit", "", dict(improvement_learning_rate=1e-5, online_learning_rate=6e-6, horizon=50,
                         minibatch_size=256, model_patience=10, **LARGE_MODEL)),
     ("handpen", "adroit", dict(reward_scale=0.1, termination="pen")),
-    ("pen/human", "handpen", dict(cloning_steps=200_000, critic_steps=1_000_000,
-                                  model_patience=20)),
+    ("pen/human", "handpen",
+     dict(cloning_steps=200_000, critic_steps=1_000_000, model_patience=20)),
     ("hammer", "adroit", dict(reward_scale=0.1, normalize_observations=True, activation="tanh")),
     ("hammer/human", "hammer", dict(model_patience=20)),  # few rows
     ("relocate", "adroit", dict(activation="tanh")),
@@ -194,15 +194,15 @@ CHANGES = (  # a preset, the one it inherits from, what it changes; special ones
     ("kitchen/complete", "kitchen", dict(cloning_steps=100_000, critic_steps=500_000, horizon=10,
                                          normalize_observations=False)),
     ("kitchen/mixed", "kitchen", dict(diversity_weight=0.0)),
-    ("pointmaze", "", dict(reward_scale=10.0, reward_shift=-5.0, expectile=0.9, horizon=70,
-                           critic_hidden_dims=(256,) * 3, value_hidden_dims=(256,) * 3,
-                           improvement_learning_rate=3e-5, amq="code", termination="maze",
-                           successes_only=True, eval_episodes=50, interval=51_200, **LARGE_MODEL)),
-    ("antmaze", "pointmaze", dict()),
-    ("antmaze/large", "antmaze", dict(horizon=200)),
-    ("antmaze/medium", "antmaze", dict(horizon=150)),
-    ("antmaze/umaze-diverse", "antmaze", dict(model_hidden_dims=(200,) * 4,
-                                              model_learning_rate=1e-3)),
+    ("maze", "", dict(reward_scale=10.0, reward_shift=-5.0, expectile=0.9, horizon=70,
+                      critic_hidden_dims=(256,) * 3, value_hidden_dims=(256,) * 3,
+                      improvement_learning_rate=3e-5, amq="code", termination="maze",
+                      successes_only=True, eval_episodes=50, interval=51_200, **LARGE_MODEL)),
+    ("antmaze/large", "maze", dict(horizon=200)),
+    ("antmaze/medium", "maze", dict(horizon=150)),
+    ("antmaze/umaze-diverse", "maze", dict(model_hidden_dims=(200,) * 4,
+                                           model_learning_rate=1e-3)),
+    ("ogbench", "maze", dict(reward_shift=0.0, termination="")),
 )  # fmt: skip
 PRESETS = {}  # auto: the first whose name is in the dataset's or the environment's, else mujoco
 for preset, parent, changes in CHANGES:

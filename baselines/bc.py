@@ -82,8 +82,8 @@ class Config:
 
 PRESETS = {  # auto: the first whose name is in the dataset's or the environment's, else mujoco
     "sac-medium-replay": dict(offline_steps=50_000),
-    "antmaze": dict(eval_episodes=100, interval=50_000),
-    "pointmaze": dict(eval_episodes=100, interval=50_000),
+    "ogbench": dict(eval_episodes=50, interval=50_000),
+    "maze": dict(eval_episodes=100, interval=50_000),  # antmaze, pointmaze
     "kitchen": dict(dropout_rate=0.1),
     "adroit": dict(dropout_rate=0.1),
     "mujoco": dict(),

@@ -15,7 +15,7 @@ imitate: the policy may leave where the critic is right, which only distance_to_
 
 Deviations from the authors' code (github.com/sfujim/TD3_BC):
  1. The online phase is ours: first 1,000 steps of the noisy offline policy; the target policy is
-    then the policy, Adam anew; plain TD3 divides Q by mean|Q|, too, at least 1e-6; mazes are ours.
+    then the policy, Adam anew; plain TD3 divides Q by mean|Q|, too, at least 1e-6; presets too.
  2. Orthogonal initialisation; cut episodes keep their last rows; rounds begin with fresh episodes.
 """
 
@@ -91,6 +91,7 @@ class Config:
 
 PRESETS = {  # auto: the first whose name is in the dataset's or the environment's, else mujoco
     "sac-medium-replay": dict(offline_steps=50_000, online_steps=20_000, interval=5_000),
+    "ogbench": dict(eval_episodes=50, interval=50_000),
     "maze": dict(reward_shift=-1.0, online_steps=300_000, eval_episodes=100, interval=50_000),
     "mujoco": dict(),
 }
