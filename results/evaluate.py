@@ -47,8 +47,7 @@ def config_of(module, said, folder, episodes):
     """The run's Config; JSON's lists become tuples again."""
     names = {field.name for field in dataclasses.fields(module.Config)}
     if missing := names - set(said):
-        words = f"{folder}: of another version of {said['script']}.py (no {', '.join(missing)})"
-        raise SystemExit(words)
+        raise SystemExit(f"{folder}: of another {said['script']}.py (no {', '.join(missing)})")
     values = {name: as_tuple(said[name]) for name in names}
     return module.Config(**values | {"eval_episodes": episodes or said["eval_episodes"]})
 
@@ -92,9 +91,10 @@ def evaluate(module, agents, source, config):
     import numpy as np
 
     shape, found = (config.num_seeds, min(10, config.eval_episodes)), []
-    same_step = gym.vector.AutoresetMode.SAME_STEP
-    make = [partial(module.make_env, source)] * shape[0] * shape[1]
-    envs = gym.vector.SyncVectorEnv(make, autoreset_mode=same_step)
+    mode, make = gym.vector.AutoresetMode.SAME_STEP, [partial(module.make_env, source)]
+    envs = gym.vector.SyncVectorEnv(make * shape[0] * shape[1], autoreset_mode=mode)
+    if hasattr(module, "SkillEnvs"):
+        envs = module.SkillEnvs(envs, {"agents": agents}, config)
     for first in range(0, config.eval_episodes, shape[1]):
         seeds = [10_000 * (config.seed + i) + first + j for i, j in np.ndindex(*shape)]
         observations, _ = envs.reset(seed=seeds)
@@ -107,7 +107,6 @@ def evaluate(module, agents, source, config):
                 returns[i] = info["final_info"]["episode"]["r"][i]
                 reached[i] = terminated[i] or returns[i] > 0
         found.append(np.reshape([returns, reached], (2, *shape)))
-    envs.close()
     return np.concatenate(found, axis=2)[..., : config.eval_episodes]  # (2, S, E)
 
 
@@ -119,20 +118,20 @@ def film(module, agents, source, config, path):
     spec = json.loads(source["environment"])
     spec["kwargs"]["render_mode"] = "rgb_array"
     env = module.make_env(source | {"environment": json.dumps(spec)})
-    writer, frames = None, 0
+    writer = imageio.v2.get_writer(path, fps=env.metadata.get("render_fps", 30))
+    frames, length = 0, getattr(config, "skill_length", 1)  # OPAL's actions are of many steps
     for i in range(config.num_seeds):
         observation, _ = env.reset(seed=10_000 * (config.seed + i))
-        ended = False
+        ended, steps = False, 0
         while not ended:
-            if writer is None:  # the first frame shows whether there is a renderer at all
-                frame = render(env)
-                writer = imageio.v2.get_writer(path, fps=env.metadata.get("render_fps", 30))
-            writer.append_data(frame if frames == 0 else env.render())
-            frames += 1
+            writer.append_data(render(env))
             everyone = np.broadcast_to(observation, (config.num_seeds, 1, len(observation)))
-            action = module.act_all(agents, everyone, config)[i, 0]
-            observation, _, terminated, truncated, _ = env.step(np.asarray(action))
-            ended = terminated or truncated
+            if steps % length == 0:
+                actions = chosen = module.act_all(agents, everyone, config)
+            if length > 1:
+                actions = module.play(agents, everyone, chosen)
+            observation, _, terminated, truncated, _ = env.step(np.asarray(actions[i, 0]))
+            ended, steps, frames = terminated or truncated, steps + 1, frames + 1
     writer.close()
     env.close()
     return frames

@@ -19,6 +19,7 @@ import shlex
 import shutil
 import sys
 import tempfile
+import tomllib
 from collections import defaultdict
 from pathlib import Path
 
@@ -32,13 +33,8 @@ from matplotlib.ticker import EngFormatter
 
 ROOT = Path(__file__).resolve().parent.parent
 HOME = ROOT / "results"
-FIRST = "0917fdc"  # the first edition's last commit
-FIELDS = {  # of a record, by edition; a dot goes one level down
-    1: "ended offline online config reference versions.command versions.script curve",
-    2: "ended steps config reference command script starts dataset_sha256 curve",
-}
+FIELDS = ("ended", "steps", "config", "reference", "command", "script", "curve")  # of a record
 COLUMNS = {"phase", "step", "seed", "return", "score"}  # of a curve
-STATIC = {"collapse.png", "improvement.png", "policies.png", "shifted.png"}  # the first edition's
 COLORS = [
     "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd",
     "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf",
@@ -51,11 +47,9 @@ SYMBOLS = {  # left side of an equation: the functions that may hold it, the fir
     "A": "optimise", "pi*": "optimise", "a'": "local_step", "explore": "explore", "P": "update",
     "pi": "matched_policy", "L_w": "ratio_loss", "priority": "ratio_loss", "b": "explore_update",
 }  # fmt: skip
-PUBLISHED = {  # Flow Q-Learning, arXiv 2502.02538, table 3: cube-single task 2, 8 seeds, 1M updates
-    "iql-ogbench": "85 ± 8", "rebrac-ogbench": "92 ± 4", "fql-ogbench": "97 ± 2",
-    "rlpd-ogbench": "-", "cal_ql-ogbench": "-",
-}  # fmt: skip
 PHASES = {"offline": "updates offline", "online": "environment steps online"}
+TABLES = tomllib.loads((HOME / "tables.toml").read_text())  # what is in them, and claims of papers
+WORLDS = TABLES["datasets"]
 
 
 # ---------------------------------------------------------------------------------------- Records
@@ -63,7 +57,7 @@ PHASES = {"offline": "updates offline", "online": "environment steps online"}
 
 def read_records(folder):
     """{name: record} of every .json below `folder`; exits, naming it, on one that is not sound.
-    Names are PROFILE/ENTRY/DATASET/SEED, the second edition's in a folder of their own."""
+    Names are PROFILE/ENTRY/DATASET/SEED."""
     records = {}
     for path in sorted(set(folder.rglob("*.json")) - set(folder.rglob("failures.json"))):
         name = path.relative_to(folder).with_suffix("").as_posix()
@@ -71,25 +65,16 @@ def read_records(folder):
             record = json.loads(path.read_text())
         except ValueError as error:
             sys.exit(f"{path}: no JSON: {error}")
-        missing = [field for field in FIELDS[record.get("edition", 1)].split()
-                   if not has(record, field)]  # fmt: skip
+        missing = [field for field in FIELDS if field not in record]
         missing += sorted(f"curve.{name}" for name in COLUMNS - set(record.get("curve", COLUMNS)))
         if missing:
             sys.exit(f"{path}: no {', '.join(missing)}")
         if len({len(column) for column in record["curve"].values()}) != 1:
             sys.exit(f"{path}: the curve's columns have different lengths")
-        if name.count("/") not in (3, 4):
+        if name.count("/") != 3:
             sys.exit(f"{path}: must lie in PROFILE/ENTRY/DATASET/")
         records[name] = record
     return records
-
-
-def has(record, field):
-    for name in field.split("."):
-        if not isinstance(record, dict) or name not in record:
-            return False
-        record = record[name]
-    return True
 
 
 def curve_points(curve, seed, unit):
@@ -116,67 +101,44 @@ def curve_points(curve, seed, unit):
 
 def runs_of(name, record, records):
     """One entry per seed of a record: what tables, figures and the page need."""
-    edition, curve = record.get("edition", 1), record["curve"]
-    profile, entry, dataset, _ = name.split("/")[-4:]
+    profile, entry, dataset, _ = name.split("/")
     unit = "score" if "expert" in record["reference"] else "return"
-    steps = record.get("steps", record)
-    others = [phase for phase in record.get("steps", {}) if phase != "online"]
+    parent = records.get(f"{profile}/{record.get('after') or ''}")
+    steps = (parent or {"steps": {}})["steps"] | record["steps"]
+    others = [phase for phase in steps if phase != "online"]
     updates = steps["offline"] if "offline" in steps else sum(steps[phase] for phase in others)
-    parent = records.get(name.rsplit("/", 3)[0] + "/" + record.get("after", "")) or {}
-    for seed in dict.fromkeys(curve["seed"]):
-        points = curve_points(curve, seed, unit)
+    for seed in dict.fromkeys(record["curve"]["seed"]):
+        points = curve_points(record["curve"], seed, unit)
+        values = zip(record["curve"]["seed"], record["curve"][unit], strict=True)
+        if parent:  # the agents of that run are this one's
+            before = curve_points(parent["curve"], seed, unit)["offline"]
+            points["offline"] = before or points["offline"]
         online = [value for _, value in points["online"]]
         offline = points["offline"][-1][1] if points["offline"] else None
-        if offline is None and parent:  # of the run that it goes on from
-            before = curve_points(parent["curve"], seed, unit)["offline"]
-            offline = before[-1][1] if before else None
-        if offline is None and record["config"].get("init_from") and online:
-            offline = online[0]  # the first edition evaluates at the switch
+        far = [abs(10 * step - points["online"][-1][0]) for step, _ in points["online"]]
         if record["ended"] != "finished":  # a curve, but no final values
             online = []
         drop = None if offline is None or not online else max(0.0, offline - min(online))
         yield {
-            "name": name, "edition": edition, "profile": profile, "entry": entry,
-            "dataset": dataset, "unit": unit, "seed": int(seed), "ended": record["ended"],
-            "points": points, "offline": offline, "online": online[-1] if online else None,
-            "lowest": min(online) if online else None, "dip": drop,
-            "regained": regained(offline, points["online"]) if online else None,
-            "regret": float(np.mean([1 - v / 100 for step, v in points["online"] if step]))
-            if online and unit == "score" else None,
+            "name": name, "profile": profile, "entry": entry, "dataset": dataset, "unit": unit,
+            "seed": int(seed), "ended": record["ended"], "points": points, "offline": offline,
+            "early": online[int(np.argmin(far))] if online else None,  # nearest to a tenth
+            "online": online[-1] if online else None, "lowest": min(online) if online else None,
+            "final": [value for owner, value in values if owner == seed][-1], "dip": drop,
+            "gain": online[-1] - offline if online and offline is not None else None,
             "steps": (int(updates), int(steps.get("online", 0))),
+            "rates": record.get("updates_per_second", {}),
+            "superseded": record.get("name") in {other.get("after") for other in records.values()},
         }  # fmt: skip
 
 
-def regained(offline, online):
-    """First online step, from the lowest evaluation on, whose value is at least `offline`."""
-    if offline is None:
-        return None
-    lowest = min(range(len(online)), key=lambda i: online[i][1])
-    if online[lowest][1] >= offline:  # nothing was lost
-        return None
-    return next((step for step, value in online[lowest:] if value >= offline), None)
-
-
 def group_runs(records):
-    """{(edition, profile, dataset, entry): runs}: the second edition first, else sorted."""
+    """{(profile, dataset, entry): runs in the order of their seeds}, sorted."""
     groups = defaultdict(list)
     for name, record in records.items():
         for run in runs_of(name, record, records):
-            groups[run["edition"], run["profile"], run["dataset"], run["entry"]].append(run)
-    return dict(sorted(groups.items(), key=lambda pair: (-pair[0][0], *pair[0][1:])))
-
-
-def command_of(record):
-    """The command line that made a record."""
-    if record.get("edition") == 2:
-        return shlex.join(record["command"])
-    script, (_, *words) = record["versions"]["script"], record["versions"]["command"]
-    folder = "algorithms" if (ROOT / "algorithms" / script).exists() else "baselines"
-    if "--resume" in words:
-        at = words.index("--resume")
-        del words[at : at + 2]
-    words = [re.sub(r"^/.*/(shared/data/)", r"../\1", word) for word in words if word]
-    return shlex.join(["python", f"{folder}/{script}", *words])
+            groups[run["profile"], run["dataset"], run["entry"]].append(run)
+    return {key: sorted(groups[key], key=lambda run: run["seed"]) for key in sorted(groups)}
 
 
 def failures(records, folder):
@@ -205,19 +167,19 @@ def short(value):
 
 def results_table(groups):
     """A row per dataset and entry, in Markdown."""
-    keys = ("offline", "online", "lowest", "regained", "regret")
-    names = ("dataset", "run", "updates offline", "steps online", "unit", "offline", "online",
-             "lowest online", "regained at", "regret")  # fmt: skip
+    published = TABLES["published"]
+    keys = ("offline", "early", "online", "lowest")
+    names = ("dataset", "run", "updates", "steps online", "unit", "offline", "at a tenth",
+             "at the end", "lowest online")  # fmt: skip
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-    for (_, profile, dataset, entry), runs in groups.items():
-        runs = sorted(runs, key=lambda run: run["seed"])
-        steps = [
-            ", ".join(f"{n:,}" for n in sorted({run["steps"][i] for run in runs})) for i in (0, 1)
-        ]
+    for (profile, dataset, entry), runs in groups.items():
+        if runs[0]["superseded"]:  # it is in the row of the run that goes on
+            continue
+        steps = [f"{count:,}" for count in runs[0]["steps"]]
         cells = [show([run[key] for run in runs]) for key in keys]
         cells = ["-" if set(cell) <= set("- ·") else cell for cell in cells]
-        cells[3] = cells[3].replace(".0", "")  # a step
         label = entry if profile == "cpu" else f"{entry} ({profile})"
+        label += f" (published: {published.get(entry)})" * (entry in published)
         failed = sum(run["ended"] != "finished" for run in runs)
         label += f", {failed} not ended" * bool(failed)
         cells = [dataset, label, *steps, runs[0]["unit"], *cells]
@@ -225,22 +187,104 @@ def results_table(groups):
     return "\n".join(lines)
 
 
-def comparable_table(groups):
-    """Our success rates on OGBench's task, regenerated, beside the published ones."""
-    names = ("run", "updates", "success (%)", "published (%)", "steps online", "success then (%)")
-    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-    for entry, published in PUBLISHED.items():
-        runs = groups.get((2, "cpu", "cube-single", entry), [])
-        runs = sorted(runs, key=lambda run: run["seed"])
-        offline, online = ([run[key] for run in runs] for key in ("offline", "online"))
-        steps = [f"{count:,}" if count else "-" for count in (runs[0]["steps"] if runs else (0, 0))]
-        offline, online = (show(x) if set(x) - {None} else "-" for x in (offline, online))
-        name = entry.removesuffix("-ogbench") + ", not run yet" * (not runs)
-        lines.append(f"| {name} | {steps[0]} | {offline} | {published} | {steps[1]} | {online} |")
+def front_table(groups):
+    """The one table: a row per system, a column per dataset, means over the seeds."""
+    lines = [f"| system | lines | updates/s | {' | '.join(WORLDS.values())} |", "|---" * 6 + "|"]
+    for entry in TABLES["systems"]:
+        found = [groups.get(("cpu", world, entry), []) for world in WORLDS]
+        if not any(found):  # not run yet
+            continue
+        path = next(path for path in scripts() if path.stem == entry.partition("-")[0])
+        # online, where there is an online phase; of the first dataset that has been run
+        rates = [list(run["rates"].values())[-1] for runs in found for run in runs if run["rates"]]
+        size, rate = path.read_text().count("\n"), f"{rates[0]:.0f}" if rates else "-"
+        lines.append(f"| {entry} | {size} | {rate} | {' | '.join(map(journey, found))} |")
     return "\n".join(lines)
 
 
+def journey(runs):
+    """ "offline → at a tenth → at the end (-deepest dip)" of some seeds, their means."""
+    ended = [run for run in runs if run["ended"] == "finished"]
+    if not ended:
+        return "-"
+    keys = [key for key in ("offline", "early", "online") if ended[0][key] is not None]
+    text = " → ".join(f"{np.mean([run[key] for run in ended]):.0f}" for key in keys)
+    if ended[0]["dip"] is not None:
+        text += f" (-{np.mean([run['dip'] for run in ended]):.0f})"
+    return text + f", {len(ended)} seed{'s' * (len(ended) > 1)}" * (len(ended) < 3)
+
+
+def claims_table(groups):
+    """The papers' claims, judged: confirmed where all seeds are on the claimed side of all seeds of
+    the other, refuted where all are on the other side, else open."""
+    lines = [f"| claim | compared | {' | '.join(WORLDS)} |", "|---" * (2 + len(WORLDS)) + "|"]
+    for claim in TABLES["claims"]:
+        one, other = claim["compare"]
+        cells = []
+        for world in WORLDS:
+            values = []
+            for entry, key in (one, other):
+                runs = groups.get(("cpu", world, entry), [])
+                values.append([run[key] for run in runs if run[key] is not None])
+            cells.append(verdict(*values))
+        compared = f"`{one[0]}` {one[1]} > `{other[0]}` {other[1]}"
+        lines.append(f"| {claim['paper']}: {claim['says']} | {compared} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def verdict(one, other):
+    """Whether `one` is larger than `other`, by all seeds of both; with their values."""
+    if not one or not other:
+        return "not run"
+    word = "confirmed" if min(one) > max(other) else "refuted" if max(one) < min(other) else "open"
+    return f"**{word}**: {show(one)}, against {show(other)}"
+
+
 # ---------------------------------------------------------------------------------------- Figures
+
+
+def plot_table(groups, path):
+    """Every seed of the one table: offline, at a tenth and at the end of the online steps; the
+    lines go down to the lowest evaluation online."""
+    systems, shape = TABLES["systems"], {"figsize": (11, 9), "sharex": True}
+    figure, axes = pyplot.subplots(len(WORLDS), 1, layout="constrained", **shape)
+    for panel, (world, label) in zip(axes, WORLDS.items(), strict=True):
+        for x, entry in enumerate(systems):
+            for run in groups.get(("cpu", world, entry), []):
+                for i, key in enumerate(("offline", "early", "online")):
+                    if run[key] is not None:
+                        panel.plot(x + (i - 1) / 4, run[key], "o", ms=4, color=COLORS[i], alpha=0.7)
+                if run["dip"] is not None:
+                    ends = run["offline"], run["lowest"]
+                    panel.plot([x - 0.25] * 2, ends, lw=1, color=COLORS[0], alpha=0.5)
+        panel.set_ylabel(label)
+    axes[-1].set_xticks(range(len(systems)), systems, rotation=60, ha="right", fontsize=8)
+    names = ("offline, down to the lowest online", "at a tenth of the online steps", "at the end")
+    handles = [Line2D([], [], ls="", marker="o", color=COLORS[i], label=names[i]) for i in range(3)]
+    figure.legend(handles=handles, frameon=False, ncols=3, loc="outside upper center")
+    save(figure, path)
+
+
+def plot_values(records, figures):
+    """Mean Q or V over the online steps: the figure on Uni-O4's page. Returns it in Markdown."""
+    shown, pictures = {"sac_finetune-naive": "q", "cql": "q", "uni_o4": "v"}, []
+    for world in WORLDS:
+        groups = {f"{entry}, {column.upper()}": [
+            curve_points(record["curve"], seed, column) | {"offline": []}
+            for name, record in records.items() if name.startswith(f"cpu/{entry}/{world}/")
+            for seed in dict.fromkeys(record["curve"]["seed"])
+        ] for entry, column in shown.items()}  # fmt: skip
+        title = f"{world}: mean Q of a batch, V of a rollout, in the agent's units"
+        if any(groups.values()):
+            plot_curves(title, groups, "Q or V", figures / f"values-{world}.png")
+            pictures.append(f"![{title}](figures/values-{world}.png)")
+    return "\n".join(pictures)
+
+
+def save(figure, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, metadata={"Software": None})  # the same bytes from the same data
+    pyplot.close(figure)
 
 
 def plot_curves(title, groups, unit, path):
@@ -270,9 +314,7 @@ def plot_curves(title, groups, unit, path):
     axes[0, 0].set_ylabel(unit)
     figure.suptitle(title)
     figure.legend(handles=handles, frameon=False, fontsize=8, loc="outside right center")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110, metadata={"Software": None})  # the same bytes from the same data
-    pyplot.close(figure)
+    save(figure, path)
 
 
 def read_run(path):
@@ -372,8 +414,8 @@ def guide():
     """The reading guide in Markdown: a table per script."""
     lines = []
     for read in map(reading, scripts()):
-        lines += [f"**[`{read['path']}`](../{read['path']})** — {read['title']}", ""]
-        lines += [f"{read['lines']} lines, {read['above_the_rule']} of them above the rule.", ""]
+        sizes = f"{read['lines']} lines, {read['above_the_rule']} of them above the rule."
+        lines += [f"**[`{read['path']}`](../{read['path']})** — {read['title']}", "", sizes, ""]
         if read["equations"]:
             lines += ["| equation | | function | lines |", "|---|---|---|---|"]
         for each in read["equations"]:
@@ -422,9 +464,9 @@ def golden_table():
 def page_rows(records, groups):
     """The page's rows, one per group."""
     rows = []
-    for (edition, profile, dataset, entry), runs in groups.items():
-        runs = sorted(runs, key=lambda run: run["seed"])
-        study = entry.startswith("collapse-")
+    for (profile, dataset, entry), runs in groups.items():
+        if runs[0]["superseded"]:
+            continue
         kept = [{key: run[key] for key in ("name", "seed", "ended")} for run in runs]
         for one, run in zip(kept, runs, strict=True):
             one |= {key: short(run[key]) for key in ("offline", "online", "lowest")
@@ -434,10 +476,9 @@ def page_rows(records, groups):
                 for phase, points in run["points"].items()
             }
         rows.append({
-            "edition": edition, "study": study, "dataset": dataset, "unit": runs[0]["unit"],
-            "entry": entry.removeprefix("collapse-") + f" ({profile})" * (profile != "cpu"),
-            "command": command_of(records[runs[0]["name"]]), "steps": runs[0]["steps"],
-            "runs": kept,
+            "dataset": dataset, "unit": runs[0]["unit"], "steps": runs[0]["steps"], "runs": kept,
+            "entry": entry + f" ({profile})" * (profile != "cpu"),
+            "command": shlex.join(records[runs[0]["name"]]["command"]),
         })  # fmt: skip
     return rows
 
@@ -452,7 +493,7 @@ def page(records, groups, failed):
             line = each["lines"][0]
             mine[line] = f"{mine[line]}\n{text}" if line in mine else text
     data = {
-        "rows": page_rows(records, groups), "failures": failed, "notes": notes, "first": FIRST,
+        "rows": page_rows(records, groups), "failures": failed, "notes": notes,
         "sources": {path.relative_to(ROOT).as_posix(): path.read_text() for path in scripts()},
         "colors": COLORS,
     }  # fmt: skip
@@ -467,37 +508,33 @@ def page(records, groups, failed):
 
 def generate(records, folder, figures):
     """{path: text} of all that is generated; its pictures are written into `figures`."""
-    groups, failed = group_runs(records), failures(records, folder)
-    shown = {key: runs for key, runs in groups.items() if not key[3].startswith("collapse-")}
-    pictures = {1: [], 2: []}
-    for where in dict.fromkeys(key[:3] for key in shown):
-        mine = {key[3]: runs for key, runs in shown.items() if key[:3] == where}
+    groups, failed, pictures = group_runs(records), failures(records, folder), []
+    for profile, dataset in dict.fromkeys(key[:2] for key in groups):
+        mine = {key[2]: runs for key, runs in groups.items() if key[:2] == (profile, dataset)}
+        mine = {entry: runs for entry, runs in mine.items() if not runs[0]["superseded"]}
         curves = {entry: [run["points"] for run in runs] for entry, runs in mine.items()}
-        unit = next(iter(mine.values()))[0]["unit"]
-        edition, profile, dataset = where
-        name = f"{'second-' * (edition == 2)}{profile}-{dataset}.png"
-        plot_curves(f"{dataset} ({profile})", curves, unit, figures / name)
-        pictures[edition].append(f"![{dataset}](figures/{name})")
-    tables = {}
-    for edition in (1, 2):
-        rows = {key: runs for key, runs in shown.items() if key[0] == edition}
-        tables[edition] = f"{results_table(rows)}\n\n" + "\n".join(pictures[edition])
-        if not rows:
-            tables[edition] = "None yet: `python results/sweep.py` makes them."
+        name = f"second-{profile}-{dataset}.png"
+        plot_curves(
+            f"{dataset} ({profile})", curves, [*mine.values()][0][0]["unit"], figures / name
+        )
+        pictures.append(f"![{dataset}](figures/{name})")
+    plot_table(groups, figures / "table.png")
+    values = plot_values(records, figures)
+    cube = {key: runs for key, runs in groups.items() if key[1] == "cube-single"}
     ended = f"Runs that did not come to their end: {'; '.join(failed) if failed else 'none'}."
-    readme = (HOME / "README.md").read_text()
-    for name, text in {
-        "comparable": comparable_table(groups),
-        "second edition": tables[2], "first edition": tables[1], "failures": ended,
+    written = {ROOT / "README.md": {
+        "comparable": results_table(cube), "table": front_table(groups),
+    }, HOME / "README.md": {
+        "comparable": results_table(cube), "claims": claims_table(groups), "values": values,
+        "runs": f"{results_table(groups)}\n\n" + "\n".join(pictures), "failures": ended,
         "golden": golden_table(), "guide": guide(), "metrics": metrics_table(),
-    }.items():  # fmt: skip
-        readme = between(readme, name, text)
-    front = between((ROOT / "README.md").read_text(), "comparable", comparable_table(groups))
-    return {
-        ROOT / "README.md": front,
-        HOME / "README.md": readme,
-        HOME / "index.html": page(records, groups, failed),
-    }
+    }}  # fmt: skip
+    texts = {HOME / "index.html": page(records, groups, failed)}
+    for path, parts in written.items():
+        texts[path] = path.read_text()
+        for name, text in parts.items():
+            texts[path] = between(texts[path], name, text)
+    return texts
 
 
 def between(text, name, new):
@@ -526,7 +563,7 @@ def update(folder, check):
     with tempfile.TemporaryDirectory() as drawn:
         written = generate(records, folder, Path(drawn))
         new = {path.name for path in Path(drawn).iterdir()}
-        old = {path.name for path in home.glob("*")} - new - STATIC
+        old = {path.name for path in home.glob("*.png")} - new
         stale = [home / name for name in sorted(new) if not alike(home / name, Path(drawn, name))]
         if not check:
             home.mkdir(exist_ok=True)
@@ -548,7 +585,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--records", type=Path, default=HOME / "records")
+    parser.add_argument("--records", type=Path, default=HOME / "records" / "second")
     parser.add_argument("--check", action="store_true", help="write nothing, compare")
     plot = parser.add_subparsers(dest="what").add_parser("plot", help="learning curves of runs")
     plot.add_argument("runs", nargs="+", type=Path, metavar="RUN")

@@ -1,14 +1,13 @@
 """Speed and memory of the scripts, beside a bare scan of the same arithmetic: writes speed.md.
 
-    python results/speed.py                   # every case, medians over 5 repetitions
-    python results/speed.py --against ../old  # in pairs with a first edition in that folder
-    python results/speed.py --only iql        # one script's cases, printed only
+    python results/speed.py             # every case, medians over 5 repetitions
+    python results/speed.py --only iql  # one script's cases, printed only
 
 A benchmark, not a test: run it on an idle machine. Every measurement is a process of its own: a run
 of the script on the repository's dataset, whose rounds, but the first, which compiles, give updates
 per second; memory is the process's largest. The bare scan is a jitted scan of the script's own
-`update` over drawn rows, without keys, metrics, environment, evaluation or checkpoints. New, old
-and bare take turns, so that a slow minute of the machine meets all of them.
+`update` over drawn rows, without keys, metrics, environment, evaluation or checkpoints. Both take
+turns, so that a slow minute of the machine meets both.
 """
 
 import argparse
@@ -52,44 +51,34 @@ CASES = {  # name: (script, phase, steps of a round, flags)
 }
 
 
-def run(folder, case, steps, flags):
-    """One run of a case's script in `folder`: {"values": rates of its rounds, or for "start" the
-    seconds of a run with one update, "memory": peak in GB}."""
+def run(case, steps, flags):
+    """One run of a case's script: rates of its rounds, or for "start" the seconds of a run with one
+    update; and the peak memory in GB."""
     script, phase, _, own = CASES[case]
-    interval = "--eval-interval {0} --log-interval {0}" if is_first(folder) else "--interval {0}"
     budget = steps if phase == "start" else ROUNDS * steps
     name = "offline" if phase == "start" else phase
-    words = f"{own} {interval.format(steps)} --{name}-steps {budget} --eval-episodes 1 {flags}"
-    with tempfile.TemporaryDirectory() as runs:
+    words = f"{own} --interval {steps} --{name}-steps {budget} --eval-episodes 1 {flags}"
+    env = {name: text for name, text in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    with tempfile.TemporaryDirectory() as runs, tempfile.TemporaryFile("w+") as log:
         command = [sys.executable, script, *shlex.split(words), "--run-dir", f"{runs}/run"]
-        seconds, memory = timed(command, folder)
+        begin = time.perf_counter()
+        process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds, memory = (
+            time.perf_counter() - begin,
+            usage.ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6),
+        )
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            log.seek(0)
+            sys.exit(f"{shlex.join(command)}: {log.read().strip().splitlines()[-1]}")
         if phase == "start":
-            return {"values": [seconds], "memory": memory}
+            return [seconds], memory
         lines = (Path(runs) / "run" / "metrics.csv").read_text().splitlines()
     header = lines[0].split(",")
     rows = [dict(zip(header, line.split(","), strict=True)) for line in lines[1:]]
     counted = [row for row in rows if row["phase"] == phase][1:]
-    return {"values": [float(row["updates_per_second"]) for row in counted], "memory": memory}
-
-
-def is_first(folder):
-    """Whether a checkout is of the first edition, which has other flags."""
-    return "log_interval" in (folder / "algorithms" / "iql.py").read_text()
-
-
-def timed(command, folder):
-    """(seconds, peak memory in GB) of a process; exits with its words where it fails."""
-    env = {name: text for name, text in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
-    with tempfile.TemporaryFile("w+") as log:
-        begin = time.perf_counter()
-        process = subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log)
-        _, status, usage = os.wait4(process.pid, 0)
-        seconds = time.perf_counter() - begin
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            log.seek(0)
-            sys.exit(f"{shlex.join(map(str, command))}: {log.read().strip().splitlines()[-1]}")
-    return seconds, usage.ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
+    return [float(row["updates_per_second"]) for row in counted], memory
 
 
 def bare(case, steps, flags):
@@ -150,17 +139,13 @@ def bare_process(case, steps, flags):
 
 
 def measure(case, arguments):
-    """{"new", "old", "bare": medians of the repetitions, in turns; "memory", "old memory"}."""
+    """{"now", "bare": medians of the repetitions, in turns; "memory"}."""
     steps = arguments.steps or CASES[case][2]
-    found = {"new": [], "old": [], "bare": [], "memory": [], "old memory": []}
-    for repetition in range(arguments.repetitions):
-        turns = [("new", "memory", ROOT)]
-        if arguments.against:
-            turns.append(("old", "old memory", arguments.against.resolve()))
-        for key, memory, folder in turns if repetition % 2 else turns[::-1]:
-            one = run(folder, case, 1 if case.endswith("start") else steps, arguments.flags)
-            found[key].append(statistics.median(one["values"]))
-            found[memory].append(one["memory"])
+    found = {"now": [], "bare": [], "memory": []}
+    for _ in range(arguments.repetitions):
+        values, memory = run(case, 1 if case.endswith("start") else steps, arguments.flags)
+        found["now"].append(statistics.median(values))
+        found["memory"].append(memory)
         if not case.endswith("start"):
             found["bare"].append(statistics.median(bare_process(case, steps, arguments.flags)))
     return found
@@ -176,13 +161,10 @@ def spread(values, digits=4):
 
 def row(case, found):
     """A case's row of the table, in Markdown."""
-    ratios = [new / old for new, old in zip(found["new"], found["old"], strict=False)]
-    shares = [new / bare for new, bare in zip(found["new"], found["bare"], strict=False)]
+    shares = [now / bare for now, bare in zip(found["now"], found["bare"], strict=False)]
     unit = "seconds to the end of a run with one update" if case.endswith("start") else "updates/s"
-    cells = [f"`{case}`, {unit}", spread(found["new"]), spread(found["bare"]), spread(shares, 3)]
-    cells += [f"{max(found['memory']):.2f}"]
-    if found["old"]:
-        cells += [spread(found["old"]), spread(ratios, 3), f"{max(found['old memory']):.2f}"]
+    cells = [f"`{case}`, {unit}", spread(found["now"]), spread(found["bare"]), spread(shares, 3)]
+    cells.append(f"{max(found['memory']):.2f}")
     return f"| {' | '.join(cells)} |"
 
 
@@ -192,21 +174,14 @@ def machine():
     lines = path.read_text().splitlines() if path.exists() else []
     names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
     versions = [f"{p} {importlib.metadata.version(p)}" for p in ("jax", "jaxlib", "mujoco")]
-    python = f"Python {platform.python_version()}"
-    cores = f"{os.cpu_count()} cores"
-    return ", ".join([names[0] if names else platform.processor(), cores, python, *versions])
-
-
-def commit_of(folder):
-    git = ["git", "-C", folder, "rev-parse", "--short", "HEAD"]
-    return subprocess.run(git, capture_output=True, text=True).stdout.strip() or str(folder)
+    own = [f"{os.cpu_count()} cores", f"Python {platform.python_version()}"]
+    return ", ".join([names[0] if names else platform.processor(), *own, *versions])
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--against", type=Path, help="a checkout of the first edition")
     parser.add_argument("--only", help="part of the cases' names; the table is printed only")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--steps", type=int, help="of a round; default: by case")
@@ -216,20 +191,15 @@ def main():
     if arguments.bare:
         bare(arguments.bare, arguments.steps, arguments.flags)
         return
-    if arguments.against and not (arguments.against / "algorithms" / "iql.py").exists():
-        sys.exit(f"--against {arguments.against}: no checkout of this repository")
-    columns = ["what", "now", "bare scan", "now / bare", "memory, GB"]
-    against = ""
-    if arguments.against:
-        columns += ["first edition", "now / first", "its memory, GB"]
-        against = f" against {commit_of(arguments.against)}"
-    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    lines = ["| what | now | bare scan | now / bare | memory, GB |", "|---|---|---|---|---|"]
     print("\n".join(lines), flush=True)
     for case in [case for case in CASES if (arguments.only or "") in case]:
         lines.append(row(case, measure(case, arguments)))
         print(lines[-1], flush=True)
+    git = ["git", "-C", ROOT, "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     how = (
-        f"{machine()}; {time.strftime('%Y-%m-%d')}; commit {commit_of(ROOT)}{against}. Made by "
+        f"{machine()}; {time.strftime('%Y-%m-%d')}; commit {commit}. Made by "
         f"`python results/speed.py`: medians of {arguments.repetitions} repetitions, each the "
         f"median of {ROUNDS - 1} rounds of one process, the smallest and the largest in brackets."
     )

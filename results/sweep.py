@@ -39,7 +39,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 RETRIES = 20  # of a trial that dies; a loop of deaths ends some time
-KEYS = {"name", "script", "datasets", "seeds", "after", "both", "cpu", "gpu"}  # of an entry
+KEYS = {"name", "script", "datasets", "seeds", "budget", "after", "both", "cpu", "gpu"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,12 +67,15 @@ def read_matrix(path, profile):
         matrix = tomllib.loads(path.read_text())
     except (OSError, ValueError) as error:
         sys.exit(f"{path}: {error}")
-    trials = []
+    trials, entries = [], []
     for entry in matrix["trials"]:
         if set(entry) - KEYS or not {"script", "datasets", "seeds"} <= set(entry):
             sys.exit(f"{path}: an entry has {', '.join(sorted(entry))}; see the top of the file")
-        if profile not in entry:
-            continue
+        if entry.get("budget") not in {None, *matrix.get("budgets", ())}:
+            sys.exit(f"{path}: {entry['script']}: no [budgets] {entry['budget']}")
+        if profile in entry:
+            entries += halves(entry, matrix["budgets"], profile) if "budget" in entry else [entry]
+    for entry in entries:
         if not (ROOT / entry["script"]).is_file():
             sys.exit(f"{path}: no script {entry['script']}")
         for dataset in entry["datasets"]:
@@ -92,6 +95,16 @@ def read_matrix(path, profile):
         if trial.after and trial.after not in names[:i]:
             sys.exit(f"{path}: {trial.name}: nothing of name {trial.after} above it")
     return trials
+
+
+def halves(entry, budgets, profile):
+    """An entry with a budget, as two: offline, and online from there; that alone with `after`."""
+    name = entry.get("name", Path(entry["script"]).stem)
+    before, then = (f"{words} {entry[profile]}" for words in budgets[entry["budget"]][profile])
+    after = entry.get("after", f"{name}-offline")
+    online = entry | {"name": name, "after": after, profile: f"{then} --init-from {{after}}"}
+    offline = entry | {"name": f"{name}-offline", profile: f"{before} --online-steps 0"}
+    return [online] if "after" in entry else [offline, online]
 
 
 def trials_of(entry, dataset, words, profile):

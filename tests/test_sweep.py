@@ -165,7 +165,7 @@ def test_what_a_record_holds(tmp_path):
     (tmp_path / "records/cpu/iql/default").mkdir(parents=True)
     (tmp_path / "records/cpu/iql/default/seeds0-1.json").write_text(json.dumps(record))
     found = report.group_runs(report.read_records(tmp_path / "records"))
-    assert [run["seed"] for run in found[2, "cpu", "default", "iql"]] == [0, 1]
+    assert [run["seed"] for run in found["cpu", "default", "iql"]] == [0, 1]
 
 
 # ----------------------------------------------------------------------------------------- Matrix
@@ -177,6 +177,7 @@ def test_what_a_record_holds(tmp_path):
     ('after = "bad"', 'after = "cql"', "nothing of name"),
     ('name = "bad"', 'name = "iql"', "two trials of name"),
     ("seeds = 1", "sseeds = 1", "see the top of the file"),
+    ("seeds = 1", 'seeds = 1\nbudget = "slow"', "no [budgets] slow"),
 ])  # fmt: skip
 def test_a_wrong_matrix_is_refused(old, new, word, matrix):
     matrix.write_text(MATRIX.replace(old, new))
@@ -213,7 +214,45 @@ def test_every_dataset_of_the_matrix_is_made_under_its_name():
             world = words[words.index("ogbench") + 1]
             kind = "navigate" if "maze" in world else "play"
             made = f"ogbench/{world}-{kind}-task{collect.TASKS.get(world, 2)}-v0"
-        assert said["arguments"] == f"--dataset {made}"
+        assert said["arguments"].removesuffix(" --eval-episodes 50") == f"--dataset {made}"
+
+
+def test_a_budget_makes_two_runs_of_an_entry(matrix):
+    """Offline, and online from those agents; an entry with `after` starts from another's."""
+    halves = """
+        [budgets.fast]
+        cpu = ["--offline-steps 7", "--online-steps 5 --interval 1"]
+        [[trials]]
+        script = "algorithms/iql.py"
+        datasets = ["default"]
+        seeds = 2
+        budget = "fast"
+        cpu = "--beta 1"
+        [[trials]]
+        script = "baselines/pex.py"
+        datasets = ["default"]
+        seeds = 2
+        budget = "fast"
+        after = "iql-offline"
+        cpu = ""
+    """
+    matrix.write_text(MATRIX.partition("[[trials]]")[0] + halves)
+    trials = load_script("results/sweep.py").read_matrix(matrix, "cpu")
+    assert [trial.name for trial in trials] == [
+        f"{name}/default/seed{i}" for i in (0, 1) for name in ("iql-offline", "iql", "pex")
+    ]
+    before, then, other = trials[3:]
+    words = shlex.join(before.command("")), shlex.join(then.command("X")), other.command("X")
+    assert words[0].split()[:6] == [
+        "algorithms/iql.py",
+        "--offline-steps",
+        "7",
+        "--beta",
+        "1",
+        "--online-steps",
+    ]
+    assert "--online-steps 5 --interval 1 --beta 1 --init-from X" in words[1]
+    assert then.after == other.after == before.name and words[2][0] == "baselines/pex.py"
 
 
 @pytest.mark.parametrize("profile", ["cpu", "gpu"])
