@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import test_losses
+from conftest import load_script
 from test_losses import OBS, A, B, batch_of, template
 from tqdm import tqdm
 
@@ -215,3 +216,26 @@ def test_a_diffusion_improves(pa_rl):
         params = jax.tree.map(lambda x: np.array(x)[0], agents.target_actor_params)
         gaps.append(np.abs(sample(params, s, key) - s / 2).mean())
     assert gaps[0] > 0.5 and gaps[1] < gaps[0] / 3, gaps
+
+
+def test_the_control_climbs_q_through_all_steps_of_sampling(pa_rl):
+    """Only the policy moves, and that by Adam on the gradient of -Q of its own samples."""
+    control = load_script("results/controls/through_the_policy.py")
+    config = config_of(pa_rl, policy="diffusion", pretrain_steps=0)
+    agent, batch = fresh(pa_rl, config), batch_of(pa_rl, 0)
+    key, actor_key = jax.random.split(agent.key)
+
+    def total(params):
+        actions = agent.policy.sample(params, batch.observations, actor_key)
+        outputs = agent.critic.apply_fn(
+            agent.critic.params, batch.observations, actions
+        )  # (N, B, 1)
+        return -outputs.sum() / outputs.size
+
+    new, info = control.ascend(agent, batch, config)
+    close(info["actor_loss"], total(agent.actor.params))
+    expected = agent.actor.apply_gradients(grads=jax.grad(total)(agent.actor.params))
+    jax.tree.map(close, new.actor.params, expected.params)
+    assert not equal(new.actor.params, agent.actor.params) and equal(new.key, key)
+    averaged(0.25, agent.target_actor_params, new.actor.params, new.target_actor_params)
+    assert equal(*((x.critic, x.target_critic_params, x.value) for x in (new, agent)))
