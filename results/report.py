@@ -33,20 +33,13 @@ from matplotlib.ticker import EngFormatter
 
 ROOT = Path(__file__).resolve().parent.parent
 HOME = ROOT / "results"
-FIELDS = ("ended", "steps", "config", "reference", "command", "script", "curve")  # of a record
+FIELDS = ("steps", "units", "config", "reference", "command", "script", "curve")  # of a record
 COLUMNS = {"phase", "step", "seed", "return", "score"}  # of a curve
 COLORS = [
     "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd",
     "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf",
 ]  # fmt: skip
 DASHES = ["-", "--", ":"]
-SYMBOLS = {  # left side of an equation: the functions that may hold it, the first one first
-    "L_Q": "critic_loss", "L_V": "value_loss expectile_loss", "L_pi": "actor_loss",
-    "L_alpha": "temperature_loss", "L_mult": "multiplier_loss", "L_kl": "kl_loss",
-    "V": "bellman_error critic_loss", "D": "conservative_difference", "J": "amq_scores",
-    "A": "optimise", "pi*": "optimise", "a'": "local_step", "explore": "explore", "P": "update",
-    "pi": "matched_policy", "L_w": "ratio_loss", "priority": "ratio_loss", "b": "explore_update",
-}  # fmt: skip
 PHASES = {"offline": "updates offline", "online": "environment steps online"}
 TABLES = tomllib.loads((HOME / "tables.toml").read_text())  # what is in them, and claims of papers
 WORLDS = TABLES["datasets"]
@@ -77,19 +70,20 @@ def read_records(folder):
     return records
 
 
-def curve_points(curve, seed, unit):
+def curve_points(curve, seed, unit, units=None):
     """{"offline": [(step, value)], "online": [...]} of a seed. Where a script has other phases
     before the online one, they count as offline, one after the other."""
     names = curve["phase"]
     offline = {"offline"} if "offline" in names else set(names) - {"online"}
     points, base, last = {"offline": [], "online": []}, 0, {}
+    multiplier = units["rewards"][0] if units else 1.0  # the agent's reward of one of the world's
     for phase, step, owner, value in zip(
         names, curve["step"], curve["seed"], curve[unit], strict=True
     ):
         if owner != seed or value is None or (phase not in offline and phase != "online"):
             continue
         if phase == "online":
-            points["online"].append((step, value))
+            points["online"].append((step, value / multiplier))
             continue
         if last and phase not in last:
             base += sum(last.values())
@@ -105,51 +99,53 @@ def runs_of(name, record, records):
     unit = "score" if "expert" in record["reference"] else "return"
     parent = records.get(f"{profile}/{record.get('after') or ''}")
     steps = (parent or {"steps": {}})["steps"] | record["steps"]
-    others = [phase for phase in steps if phase != "online"]
-    updates = steps["offline"] if "offline" in steps else sum(steps[phase] for phase in others)
+    updates = sum(count for phase, count in steps.items() if phase != "online")
     for seed in dict.fromkeys(record["curve"]["seed"]):
         points = curve_points(record["curve"], seed, unit)
         values = zip(record["curve"]["seed"], record["curve"][unit], strict=True)
         if parent:  # the agents of that run are this one's
             before = curve_points(parent["curve"], seed, unit)["offline"]
             points["offline"] = before or points["offline"]
-        online = [value for _, value in points["online"]]
         offline = points["offline"][-1][1] if points["offline"] else None
-        far = [abs(10 * step - points["online"][-1][0]) for step, _ in points["online"]]
-        if record["ended"] != "finished":  # a curve, but no final values
-            online = []
-        drop = None if offline is None or not online else max(0.0, offline - min(online))
-        yield {
+        run = {
             "name": name, "profile": profile, "entry": entry, "dataset": dataset, "unit": unit,
-            "seed": int(seed), "ended": record["ended"], "points": points, "offline": offline,
-            "early": online[int(np.argmin(far))] if online else None,  # nearest to a tenth
-            "online": online[-1] if online else None, "lowest": min(online) if online else None,
-            "final": [value for owner, value in values if owner == seed][-1], "dip": drop,
-            "gain": online[-1] - offline if online and offline is not None else None,
+            "seed": int(seed), "points": points, "offline": offline,
+            "final": [value for owner, value in values if owner == seed][-1],
             "steps": (int(updates), int(steps.get("online", 0))),
             "rates": record.get("updates_per_second", {}),
-            "superseded": record.get("name") in {other.get("after") for other in records.values()},
         }  # fmt: skip
+        run |= dict.fromkeys(("early", "online", "lowest", "dip", "gain"))
+        if online := [value for _, value in points["online"]]:
+            end = points["online"][-1][0]
+            far = [abs(10 * step - end) for step, _ in points["online"]]
+            run |= {"online": online[-1], "lowest": min(online)}
+            if min(far) <= end / 4:  # else no evaluation is near to a tenth of the steps
+                run["early"] = online[int(np.argmin(far))]
+            if offline:  # who has nothing loses nothing
+                run |= {"dip": max(0.0, offline - min(online)), "gain": online[-1] - offline}
+        yield run
 
 
 def group_runs(records):
     """{(profile, dataset, entry): runs in the order of their seeds}, sorted."""
-    groups = defaultdict(list)
+    groups, before = defaultdict(list), set()  # those that another goes on from
     for name, record in records.items():
+        before.add(f"{name.partition('/')[0]}/{record.get('after')}")
         for run in runs_of(name, record, records):
             groups[run["profile"], run["dataset"], run["entry"]].append(run)
+    for run in [run for runs in groups.values() for run in runs]:
+        run["superseded"] = run["name"] in before
     return {key: sorted(groups[key], key=lambda run: run["seed"]) for key in sorted(groups)}
 
 
 def failures(records, folder):
-    """Every run that did not come to its end, in words: by its record, or by the sweep's list."""
+    """Every run that did not come to its end, in words, from the sweep's list."""
     listed = []
     for path in sorted(folder.rglob("failures.json")):
         where = path.parent.relative_to(folder).as_posix()
         for name, text in json.loads(path.read_text()).items():
             listed += [f"{where}/{name}: {text}"] * (f"{where}/{name}" not in records)
-    ended = {name: record["ended"] for name, record in records.items()}
-    return listed + [f"{name}: {text}" for name, text in ended.items() if text != "finished"]
+    return listed
 
 
 # ----------------------------------------------------------------------------------------- Tables
@@ -167,56 +163,70 @@ def short(value):
 
 def results_table(groups):
     """A row per dataset and entry, in Markdown."""
-    published = TABLES["published"]
     keys = ("offline", "early", "online", "lowest")
     names = ("dataset", "run", "updates", "steps online", "unit", "offline", "at a tenth",
              "at the end", "lowest online")  # fmt: skip
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for (profile, dataset, entry), runs in groups.items():
-        if runs[0]["superseded"]:  # it is in the row of the run that goes on
+        if all(run["superseded"] for run in runs):  # it is in the row of the run that goes on
             continue
         steps = [f"{count:,}" for count in runs[0]["steps"]]
         cells = [show([run[key] for run in runs]) for key in keys]
         cells = ["-" if set(cell) <= set("- ·") else cell for cell in cells]
         label = entry if profile == "cpu" else f"{entry} ({profile})"
-        label += f" (published: {published.get(entry)})" * (entry in published)
-        failed = sum(run["ended"] != "finished" for run in runs)
-        label += f", {failed} not ended" * bool(failed)
         cells = [dataset, label, *steps, runs[0]["unit"], *cells]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def front_table(groups):
+def comparable_table(groups):
+    """Our success rates on OGBench's task, regenerated, beside the published ones."""
+    names = ("run", "updates", "success, %", "published, %", "steps online", "success then, %")
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
+    for entry, published in TABLES["published"].items():
+        if runs := groups.get(("cpu", "cube-single", entry)):
+            steps = [f"{count:,}" for count in runs[0]["steps"]]
+            offline, online = (show([run[key] for run in runs]) for key in ("offline", "online"))
+            cells = entry.removesuffix("-ogbench"), steps[0], offline, published, steps[1], online
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def front_table(groups, systems):
     """The one table: a row per system, a column per dataset, means over the seeds."""
     lines = [f"| system | lines | updates/s | {' | '.join(WORLDS.values())} |", "|---" * 6 + "|"]
-    for entry in TABLES["systems"]:
+    for entry in systems:
         found = [groups.get(("cpu", world, entry), []) for world in WORLDS]
         if not any(found):  # not run yet
             continue
         path = next(path for path in scripts() if path.stem == entry.partition("-")[0])
-        # online, where there is an online phase; of the first dataset that has been run
-        rates = [list(run["rates"].values())[-1] for runs in found for run in runs if run["rates"]]
-        size, rate = path.read_text().count("\n"), f"{rates[0]:.0f}" if rates else "-"
-        lines.append(f"| {entry} | {size} | {rate} | {' | '.join(map(journey, found))} |")
+        rates = next((run["rates"] for runs in found for run in runs), {})
+        rate = rates.get("online", rates.get("offline", 0))
+        size, found = len(path.read_text().splitlines()), " | ".join(map(journey, found))
+        lines.append(f"| {entry} | {size} | {rate:.0f} | {found} |")
     return "\n".join(lines)
 
 
 def journey(runs):
-    """ "offline → at a tenth → at the end (-deepest dip)" of some seeds, their means."""
-    ended = [run for run in runs if run["ended"] == "finished"]
-    if not ended:
+    """ "offline → at a tenth → at the end (-deepest dip)" of some seeds, their means; and after
+    that of a phase that comes later."""
+    if not runs:
         return "-"
-    keys = [key for key in ("offline", "early", "online") if ended[0][key] is not None]
-    text = " → ".join(f"{np.mean([run[key] for run in ended]):.0f}" for key in keys)
-    if ended[0]["dip"] is not None:
-        text += f" (-{np.mean([run['dip'] for run in ended]):.0f})"
-    return text + f", {len(ended)} seed{'s' * (len(ended) > 1)}" * (len(ended) < 3)
+    keys = ["offline", "early", "online"] if runs[0]["online"] is not None else ["offline"]
+    keys += ["final"] * (runs[0]["online"] is not None and runs[0]["final"] != runs[0]["online"])
+    text = " → ".join(map(mean_of, [[run[key] for run in runs] for key in keys]))
+    text += f" (-{mean_of([run['dip'] for run in runs])})" * (len(keys) > 1)
+    return text.replace(" (--)", "") + f", {len(runs)} of 3 seeds" * (len(runs) < 3)
+
+
+def mean_of(values):
+    known = [value for value in values if value is not None]
+    return f"{np.mean(known):.0f}" if known else "-"
 
 
 def claims_table(groups):
     """The papers' claims, judged: confirmed where all seeds are on the claimed side of all seeds of
-    the other, refuted where all are on the other side, else open."""
+    the other, or of a number, refuted where all are on the other side, else open."""
     lines = [f"| claim | compared | {' | '.join(WORLDS)} |", "|---" * (2 + len(WORLDS)) + "|"]
     for claim in TABLES["claims"]:
         one, other = claim["compare"]
@@ -224,20 +234,22 @@ def claims_table(groups):
         for world in WORLDS:
             values = []
             for entry, key in (one, other):
-                runs = groups.get(("cpu", world, entry), [])
+                runs = [{"0": 0}] * 3 if key == "0" else groups.get(("cpu", world, entry), [])
                 values.append([run[key] for run in runs if run[key] is not None])
             cells.append(verdict(*values))
-        compared = f"`{one[0]}` {one[1]} > `{other[0]}` {other[1]}"
+        compared = " > ".join(f"`{entry}` {key}".removeprefix("`` ") for entry, key in (one, other))
         lines.append(f"| {claim['paper']}: {claim['says']} | {compared} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def verdict(one, other):
-    """Whether `one` is larger than `other`, by all seeds of both; with their values."""
+    """Whether `one` is larger than `other`, by all of at least three seeds; with their values."""
     if not one or not other:
-        return "not run"
-    word = "confirmed" if min(one) > max(other) else "refuted" if max(one) < min(other) else "open"
-    return f"**{word}**: {show(one)}, against {show(other)}"
+        return "nothing to compare"
+    more, less = min(one) > max(other), max(one) < min(other)
+    enough = min(len(one), len(other)) > 2  # of two and two a third would be judged by chance
+    word = "confirmed" if more and enough else "refuted" if less and enough else "open"
+    return f"**{word}**: {show(one)}" + f", against {show(other)}" * any(other)
 
 
 # ---------------------------------------------------------------------------------------- Figures
@@ -246,7 +258,7 @@ def verdict(one, other):
 def plot_table(groups, path):
     """Every seed of the one table: offline, at a tenth and at the end of the online steps; the
     lines go down to the lowest evaluation online."""
-    systems, shape = TABLES["systems"], {"figsize": (11, 9), "sharex": True}
+    systems, shape = TABLES["systems"] + TABLES["variants"], {"figsize": (11, 9), "sharex": True}
     figure, axes = pyplot.subplots(len(WORLDS), 1, layout="constrained", **shape)
     for panel, (world, label) in zip(axes, WORLDS.items(), strict=True):
         for x, entry in enumerate(systems):
@@ -254,7 +266,7 @@ def plot_table(groups, path):
                 for i, key in enumerate(("offline", "early", "online")):
                     if run[key] is not None:
                         panel.plot(x + (i - 1) / 4, run[key], "o", ms=4, color=COLORS[i], alpha=0.7)
-                if run["dip"] is not None:
+                if run["dip"]:
                     ends = run["offline"], run["lowest"]
                     panel.plot([x - 0.25] * 2, ends, lw=1, color=COLORS[0], alpha=0.5)
         panel.set_ylabel(label)
@@ -270,11 +282,11 @@ def plot_values(records, figures):
     shown, pictures = {"sac_finetune-naive": "q", "cql": "q", "uni_o4": "v"}, []
     for world in WORLDS:
         groups = {f"{entry}, {column.upper()}": [
-            curve_points(record["curve"], seed, column) | {"offline": []}
+            curve_points(record["curve"], seed, column, record["units"]) | {"offline": []}
             for name, record in records.items() if name.startswith(f"cpu/{entry}/{world}/")
             for seed in dict.fromkeys(record["curve"]["seed"])
         ] for entry, column in shown.items()}  # fmt: skip
-        title = f"{world}: mean Q of a batch, V of a rollout, in the agent's units"
+        title = f"{world}: mean Q of a batch, V of a rollout, times 1 / reward scale"
         if any(groups.values()):
             plot_curves(title, groups, "Q or V", figures / f"values-{world}.png")
             pictures.append(f"![{title}](figures/values-{world}.png)")
@@ -406,7 +418,7 @@ def function_of(label, symbol, functions):
         if word and (name in (word, f"{word}_loss") or name.endswith(f"_{word}")):
             return node
     stem = symbol if symbol.startswith("L_") else re.split(r"[(_]", symbol)[0]
-    names = SYMBOLS.get(stem, "")
+    names = TABLES["functions"].get(stem, "")
     return next((functions[name] for name in names.split() if name in functions), None)
 
 
@@ -465,9 +477,9 @@ def page_rows(records, groups):
     """The page's rows, one per group."""
     rows = []
     for (profile, dataset, entry), runs in groups.items():
-        if runs[0]["superseded"]:
+        if all(run["superseded"] for run in runs):
             continue
-        kept = [{key: run[key] for key in ("name", "seed", "ended")} for run in runs]
+        kept = [{key: run[key] for key in ("name", "seed")} for run in runs]
         for one, run in zip(kept, runs, strict=True):
             one |= {key: short(run[key]) for key in ("offline", "online", "lowest")
                     if run[key] is not None}  # fmt: skip
@@ -511,7 +523,7 @@ def generate(records, folder, figures):
     groups, failed, pictures = group_runs(records), failures(records, folder), []
     for profile, dataset in dict.fromkeys(key[:2] for key in groups):
         mine = {key[2]: runs for key, runs in groups.items() if key[:2] == (profile, dataset)}
-        mine = {entry: runs for entry, runs in mine.items() if not runs[0]["superseded"]}
+        mine = {entry: runs for entry, runs in mine.items() if not runs[-1]["superseded"]}
         curves = {entry: [run["points"] for run in runs] for entry, runs in mine.items()}
         name = f"second-{profile}-{dataset}.png"
         plot_curves(
@@ -520,12 +532,12 @@ def generate(records, folder, figures):
         pictures.append(f"![{dataset}](figures/{name})")
     plot_table(groups, figures / "table.png")
     values = plot_values(records, figures)
-    cube = {key: runs for key, runs in groups.items() if key[1] == "cube-single"}
     ended = f"Runs that did not come to their end: {'; '.join(failed) if failed else 'none'}."
     written = {ROOT / "README.md": {
-        "comparable": results_table(cube), "table": front_table(groups),
+        "comparable": comparable_table(groups), "table": front_table(groups, TABLES["systems"]),
     }, HOME / "README.md": {
-        "comparable": results_table(cube), "claims": claims_table(groups), "values": values,
+        "comparable": comparable_table(groups), "claims": claims_table(groups), "values": values,
+        "variants": front_table(groups, TABLES["variants"]),
         "runs": f"{results_table(groups)}\n\n" + "\n".join(pictures), "failures": ended,
         "golden": golden_table(), "guide": guide(), "metrics": metrics_table(),
     }}  # fmt: skip
@@ -552,7 +564,7 @@ def alike(one, other):
     if not (one.is_file() and other.is_file()):
         return False
     one, other = pyplot.imread(one), pyplot.imread(other)
-    return one.shape == other.shape and np.abs(one - other).mean() < 1e-4
+    return one.shape == other.shape and (np.abs(one - other) > 0.1).mean() < 1e-6
 
 
 def update(folder, check):

@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 WIDE = "--hidden-dims 512 512 512 512"
 ROWS = "ogbench/cube-single-play-task2-v0"  # made by collect.py ogbench cube-single
 BALANCED = "--offline-steps 10 --first-updates 1 --warmup-steps 10"
+BALANCED_ROWS = f"{BALANCED} --preset sac-medium-replay --dataset {ROWS}"
 ROUNDS = 6  # of a run; the first one is not counted
 CASES = {  # name: (script, phase, steps of a round, flags)
     "iql offline": ("algorithms/iql.py", "offline", 500, "--online-steps 0"),
@@ -40,12 +41,7 @@ CASES = {  # name: (script, phase, steps of a round, flags)
     "adaptive_bc offline": ("algorithms/adaptive_bc.py", "offline", 100, "--online-steps 0"),
     "boorl offline": ("algorithms/boorl.py", "offline", 100, "--online-steps 0"),
     "off2on online": ("algorithms/off2on.py", "online", 100, BALANCED),
-    "off2on 1M rows online": (
-        "algorithms/off2on.py",
-        "online",
-        100,
-        f"{BALANCED} --preset sac-medium-replay --dataset {ROWS}",
-    ),
+    "off2on 1M rows online": ("algorithms/off2on.py", "online", 100, BALANCED_ROWS),
     "iql start": ("algorithms/iql.py", "start", 1, "--online-steps 0"),
     "iql 1M rows start": ("algorithms/iql.py", "start", 1, f"--online-steps 0 --dataset {ROWS}"),
 }

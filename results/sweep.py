@@ -221,7 +221,7 @@ def provenance(script, gpu, cores):
     text = (ROOT / script).read_bytes()
     commit = output("git", "-C", ROOT, "rev-parse", "HEAD").decode().strip()
     committed = output("git", "-C", ROOT, "show", f"HEAD:{script}")
-    pins = re.findall(r'"([\w-]+)(?:\[[\w,]+\])?==', text.decode().partition("# ///\nimport")[0])
+    pins = re.findall(r"^([\w-]+).*==", (ROOT / "requirements.txt").read_text(), re.MULTILINE)
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "git_commit": commit,
@@ -268,11 +268,9 @@ def make_record(trial, folder, starts):
     phases = dict.fromkeys(row["phase"] for row in rows)
     mine = {phase: [r for r in rows if r["phase"] == phase] for phase in phases}
     low, high = config["reference"]
-    bytes_of = (folder / "checkpoint.npz").read_bytes()
     names = ("environment", "units", "reference", "script", "dataset_sha256")
     return {
         "edition": 2,
-        "ended": "finished",
         "name": trial.name,
         "after": trial.after,
         "command": ["python", *trial.command(trial.after)],
@@ -284,14 +282,17 @@ def make_record(trial, folder, starts):
         "dataset_sha256": config["dataset_sha256"],
         "dataset_rows": dataset_rows(config["dataset"]),
         "steps": {phase: int(each[-1]["step"]) for phase, each in mine.items()},
-        "seconds": {phase: sum_of_rounds(each) for phase, each in mine.items()},
         "updates_per_second": {phase: usual_rate(each) for phase, each in mine.items()},
         "wall_seconds": round(sum(start.get("seconds", 0) for start in starts), 1),
         "peak_memory_mb": max(start.get("peak_memory_mb", 0) for start in starts),
-        "checkpoint_sha256": hashlib.sha256(bytes_of).hexdigest(),  # with its log: of this run only
         "agents_sha256": agents_hash(folder / "checkpoint.npz"),  # to the bit the same if run again
         "starts": starts,
-        "curve": {name: [number(name, row[name]) for row in rows] for name in rows[0]},
+        "curve": {
+            name: [
+                x[name] if name == "phase" else float(x[name]) if x[name] else None for x in rows
+            ]
+            for name in rows[0]
+        },
     }
 
 
@@ -304,17 +305,9 @@ def read_rows(folder):
         return []
 
 
-def number(name, text):
-    return text if name == "phase" else float(text) if text else None
-
-
-def sum_of_rounds(rows):
-    """Seconds of training of a phase; every seed of a run has the same."""
-    return round(sum(float(row["seconds"]) for row in rows if row["seed"] == rows[0]["seed"]), 1)
-
-
 def usual_rate(rows):
     """The median of a phase's updates per second, without the first round, which compiles."""
+    rows = [row for row in rows if float(row["updates_per_second"])] or rows  # not the switch
     later = [row for row in rows if row["step"] != rows[0]["step"]]
     return statistics.median(float(row["updates_per_second"]) for row in later or rows)
 
@@ -396,9 +389,7 @@ def show_progress(trials, runs, outcomes):
         elif rows:
             last = rows[-1]
             value = f"score {last['score']}" if last["score"] else f"return {last['return']}"
-            where = f"{last['phase']} {int(last['step']):,}"
-            print(f"    {trial.name}: {where}, {last['updates_per_second']} updates/s, {value}")
-    sys.stdout.flush()
+            print(f"    {trial.name}: {last['phase']} {int(last['step']):,}, {value}", flush=True)
 
 
 def run_all(trials, arguments, runs):
@@ -463,6 +454,7 @@ def run_one(trial, arguments, runs):
         sys.exit(f"{trial.name} needs {trial.after}, which has not finished")
     ended = outcome(trial, runs) or run_trial(trial, runs, arguments.profile == "gpu")
     keep_record(trial, arguments, runs)
+    keep_failures({trial.name: ended}, arguments)
     print(f"{trial.name}: {ended}")
     return ended
 
