@@ -814,14 +814,14 @@ def collect_round(agents, buffers, run, first, last):
 
 def on_own_rows(train, agents, buffers, run, first, last, successes=False):
     """A round of `train` on the dataset or, where there is none, on the rows collected. With
-    `successes` and --successes-only on those from which on their episode has a reward."""
+    `successes` and --successes-only on those before their episode's last success."""
     config, dataset, *rest = run
     if not config.dataset:
         dataset = jax.tree.map(lambda x: x[0], buffers)
         dataset = dataset.replace(actions=jnp.clip(dataset.actions, -1.0, 1.0))  # stored raw
     if successes and config.successes_only:
         begins = np.flatnonzero(dataset.ends)[:-1] + 1
-        episodes = np.split(dataset.rewards > config.reward_shift + 1e-6, begins)
+        episodes = np.split(dataset.rewards > dataset.rewards.min() + 1e-6, begins)
         ahead = np.concatenate([x[::-1].cumsum()[::-1] > 0 for x in episodes])  # (D,)
         dataset = jax.tree.map(lambda x: x[ahead], dataset)
     return train(agents, buffers, (config, dataset, *rest), first, last)

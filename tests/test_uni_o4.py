@@ -173,3 +173,17 @@ def test_shifted_physics_and_late_actions(ppo):
     still = ppo.ShiftedPhysics(gym.make("Hopper-v5"), mass=2.0)
     still.reset(seed=0)
     np.testing.assert_array_equal(first, still.step(np.zeros(3, np.float32))[0])
+
+
+@pytest.mark.parametrize("least, success, shift", [(-5, 5, -5), (-10, 0, 0)])  # D4RL's, OGBench's
+def test_successes_only_keeps_what_leads_to_one(least, success, shift, uni_o4):
+    """Of three episodes the first two rows of one and the whole of another; all for the critics."""
+    rewards = np.full(9, least, np.float32)
+    rewards[[1, 8]] = success
+    ends = np.isin(np.arange(9), [3, 5, 8])
+    rows = uni_o4.Batch(*[np.arange(9.0)] * 2, rewards, *[np.arange(9.0)] * 2, ends)
+    config = uni_o4.Config(successes_only=True, reward_scale=10.0, reward_shift=float(shift))
+    seen = lambda agents, buffers, run, *_: run[1].observations.tolist()  # noqa: E731
+    play = partial(uni_o4.on_own_rows, seen, None, None, (config, rows), 0, 1)
+    assert play(successes=True) == [0, 1, 6, 7, 8]
+    assert play() == [*range(9)]
