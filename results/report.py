@@ -121,8 +121,8 @@ def runs_of(name, record, records):
             run |= {"online": online[-1], "lowest": min(online)}
             if min(far) <= end / 4:  # else no evaluation is near to a tenth of the steps
                 run["early"] = online[int(np.argmin(far))]
-            if offline:  # who has nothing loses nothing
-                run |= {"dip": max(0.0, offline - min(online)), "gain": online[-1] - offline}
+            run["gain"] = online[-1] - offline if offline is not None else None
+            run["dip"] = max(0.0, offline - min(online)) if offline else None  # of nothing none
         yield run
 
 

@@ -106,7 +106,7 @@ def test_what_the_tables_say_of_a_run(report):
     assert next(report.runs_of(name, made("iql", early), {}))["early"] is None  # none is near
     nothing = [("offline", 4, 0), ("online", 100, 0)]
     (run,) = report.runs_of(name, made("iql", nothing), {})
-    assert run["dip"] is run["gain"] is None and run["online"] == 0  # nothing to lose
+    assert run["dip"] is None and run["gain"] == run["online"] == 0  # nothing to lose
     (row,) = report.front_table(report.group_runs({name: made("iql", nothing[1:])}),
                                 ["iql"]).splitlines()[2:]  # fmt: skip
     assert "| - → - → 0, 1 of 3 seeds |" in row
