@@ -72,11 +72,12 @@ def read_records(folder):
 
 def curve_points(curve, seed, unit, units=None):
     """{"offline": [(step, value)], "online": [...]} of a seed. Where a script has other phases
-    before the online one, they count as offline, one after the other."""
+    before the online one, they count as offline, one after the other. With `units` online values
+    (of Q, V) are divided by the scale of the agent's rewards."""
     names = curve["phase"]
     offline = {"offline"} if "offline" in names else set(names) - {"online"}
     points, base, last = {"offline": [], "online": []}, 0, {}
-    multiplier = units["rewards"][0] if units else 1.0  # the agent's reward of one of the world's
+    multiplier = units["rewards"][0] if units else 1.0
     for phase, step, owner, value in zip(
         names, curve["step"], curve["seed"], curve[unit], strict=True
     ):
@@ -114,7 +115,7 @@ def runs_of(name, record, records):
             "steps": (int(updates), int(steps.get("online", 0))),
             "rates": record.get("updates_per_second", {}),
         }  # fmt: skip
-        run |= dict.fromkeys(("early", "online", "lowest", "dip", "gain"))
+        run |= dict.fromkeys(("early", "online", "lowest", "dip", "lost", "gain"))
         if online := [value for _, value in points["online"]]:
             end = points["online"][-1][0]
             far = [abs(10 * step - end) for step, _ in points["online"]]
@@ -122,20 +123,23 @@ def runs_of(name, record, records):
             if min(far) <= end / 4:  # else no evaluation is near to a tenth of the steps
                 run["early"] = online[int(np.argmin(far))]
             run["gain"] = online[-1] - offline if offline is not None else None
-            run["dip"] = max(0.0, offline - min(online)) if offline else None  # of nothing none
+            if offline:  # who has nothing loses nothing
+                run["dip"] = max(0.0, offline - min(online))
+                run["lost"] = run["dip"] / offline
         yield run
 
 
 def group_runs(records):
-    """{(profile, dataset, entry): runs in the order of their seeds}, sorted."""
-    groups, before = defaultdict(list), set()  # those that another goes on from
+    """{(profile, dataset, entry): runs in the order of their seeds}, sorted; without the offline
+    runs that all have gone on, which are in the ones that went on."""
+    groups, before = defaultdict(list), set()
     for name, record in records.items():
         before.add(f"{name.partition('/')[0]}/{record.get('after')}")
         for run in runs_of(name, record, records):
             groups[run["profile"], run["dataset"], run["entry"]].append(run)
-    for run in [run for runs in groups.values() for run in runs]:
-        run["superseded"] = run["name"] in before
-    return {key: sorted(groups[key], key=lambda run: run["seed"]) for key in sorted(groups)}
+    groups = {key: sorted(groups[key], key=lambda run: run["seed"]) for key in sorted(groups)}
+    over = [key for key, runs in groups.items() if {run["name"] for run in runs} <= before]
+    return {key: runs for key, runs in groups.items() if key not in over}
 
 
 def failures(records, folder):
@@ -168,8 +172,6 @@ def results_table(groups):
              "at the end", "lowest online")  # fmt: skip
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for (profile, dataset, entry), runs in groups.items():
-        if all(run["superseded"] for run in runs):  # it is in the row of the run that goes on
-            continue
         steps = [f"{count:,}" for count in runs[0]["steps"]]
         cells = [show([run[key] for run in runs]) for key in keys]
         cells = ["-" if set(cell) <= set("- ·") else cell for cell in cells]
@@ -204,7 +206,7 @@ def front_table(groups, systems):
         rate = rates.get("online", rates.get("offline", 0))
         size, found = len(path.read_text().splitlines()), " | ".join(map(journey, found))
         lines.append(f"| {entry} | {size} | {rate:.0f} | {found} |")
-    return "\n".join(lines)
+    return "\n".join(lines) if lines[2:] else "Not run yet: `python results/sweep.py` makes them."
 
 
 def journey(runs):
@@ -236,7 +238,7 @@ def claims_table(groups):
             for entry, key in (one, other):
                 runs = [{"0": 0}] * 3 if key == "0" else groups.get(("cpu", world, entry), [])
                 values.append([run[key] for run in runs if run[key] is not None])
-            cells.append(verdict(*values))
+            cells.append(verdict(*values).removesuffix(", against 0.00 · 0.00 · 0.00"))
         compared = " > ".join(f"`{entry}` {key}".removeprefix("`` ") for entry, key in (one, other))
         lines.append(f"| {claim['paper']}: {claim['says']} | {compared} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -244,20 +246,22 @@ def claims_table(groups):
 
 def verdict(one, other):
     """Whether `one` is larger than `other`, by all of at least three seeds; with their values."""
-    if not one or not other:
-        return "nothing to compare"
+    if not one or not other:  # not run, or there was nothing to lose
+        return "-"
     more, less = min(one) > max(other), max(one) < min(other)
     enough = min(len(one), len(other)) > 2  # of two and two a third would be judged by chance
     word = "confirmed" if more and enough else "refuted" if less and enough else "open"
-    return f"**{word}**: {show(one)}" + f", against {show(other)}" * any(other)
+    return f"**{word}**: {show(one)}, against {show(other)}"
 
 
 # ---------------------------------------------------------------------------------------- Figures
 
 
-def plot_table(groups, path):
+def plot_table(groups, figures):
     """Every seed of the one table: offline, at a tenth and at the end of the online steps; the
-    lines go down to the lowest evaluation online."""
+    lines go down to the lowest evaluation online. Returns the picture in Markdown."""
+    if not any(dataset in WORLDS for _, dataset, _ in groups):
+        return ""
     systems, shape = TABLES["systems"] + TABLES["variants"], {"figsize": (11, 9), "sharex": True}
     figure, axes = pyplot.subplots(len(WORLDS), 1, layout="constrained", **shape)
     for panel, (world, label) in zip(axes, WORLDS.items(), strict=True):
@@ -274,7 +278,8 @@ def plot_table(groups, path):
     names = ("offline, down to the lowest online", "at a tenth of the online steps", "at the end")
     handles = [Line2D([], [], ls="", marker="o", color=COLORS[i], label=names[i]) for i in range(3)]
     figure.legend(handles=handles, frameon=False, ncols=3, loc="outside upper center")
-    save(figure, path)
+    save(figure, figures / "table.png")
+    return "\n\n![Every seed of the table](figures/table.png)"
 
 
 def plot_values(records, figures):
@@ -286,7 +291,7 @@ def plot_values(records, figures):
             for name, record in records.items() if name.startswith(f"cpu/{entry}/{world}/")
             for seed in dict.fromkeys(record["curve"]["seed"])
         ] for entry, column in shown.items()}  # fmt: skip
-        title = f"{world}: mean Q of a batch, V of a rollout, times 1 / reward scale"
+        title = f"{world}: mean Q of a batch, V of a rollout, divided by the reward scale"
         if any(groups.values()):
             plot_curves(title, groups, "Q or V", figures / f"values-{world}.png")
             pictures.append(f"![{title}](figures/values-{world}.png)")
@@ -477,8 +482,6 @@ def page_rows(records, groups):
     """The page's rows, one per group."""
     rows = []
     for (profile, dataset, entry), runs in groups.items():
-        if all(run["superseded"] for run in runs):
-            continue
         kept = [{key: run[key] for key in ("name", "seed")} for run in runs]
         for one, run in zip(kept, runs, strict=True):
             one |= {key: short(run[key]) for key in ("offline", "online", "lowest")
@@ -523,21 +526,21 @@ def generate(records, folder, figures):
     groups, failed, pictures = group_runs(records), failures(records, folder), []
     for profile, dataset in dict.fromkeys(key[:2] for key in groups):
         mine = {key[2]: runs for key, runs in groups.items() if key[:2] == (profile, dataset)}
-        mine = {entry: runs for entry, runs in mine.items() if not runs[-1]["superseded"]}
         curves = {entry: [run["points"] for run in runs] for entry, runs in mine.items()}
         name = f"second-{profile}-{dataset}.png"
         plot_curves(
             f"{dataset} ({profile})", curves, [*mine.values()][0][0]["unit"], figures / name
         )
         pictures.append(f"![{dataset}](figures/{name})")
-    plot_table(groups, figures / "table.png")
+    points = plot_table(groups, figures)
     values = plot_values(records, figures)
     ended = f"Runs that did not come to their end: {'; '.join(failed) if failed else 'none'}."
     written = {ROOT / "README.md": {
-        "comparable": comparable_table(groups), "table": front_table(groups, TABLES["systems"]),
+        "comparable": comparable_table(groups), 
+        "table": front_table(groups, TABLES["systems"]),
     }, HOME / "README.md": {
         "comparable": comparable_table(groups), "claims": claims_table(groups), "values": values,
-        "variants": front_table(groups, TABLES["variants"]),
+        "variants": front_table(groups, TABLES["variants"]) + points,
         "runs": f"{results_table(groups)}\n\n" + "\n".join(pictures), "failures": ended,
         "golden": golden_table(), "guide": guide(), "metrics": metrics_table(),
     }}  # fmt: skip

@@ -60,10 +60,8 @@ def run(case, steps, flags):
         begin = time.perf_counter()
         process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log)
         _, status, usage = os.wait4(process.pid, 0)
-        seconds, memory = (
-            time.perf_counter() - begin,
-            usage.ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6),
-        )
+        seconds = time.perf_counter() - begin
+        memory = usage.ru_maxrss / (1e9 if sys.platform == "darwin" else 1e6)
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             log.seek(0)
@@ -106,10 +104,8 @@ def bare(case, steps, flags):
         (agent, dataset), update = carry, module.update
         batch = jax.tree.map(lambda x: x[rows], dataset)
         if case.startswith("off2on"):  # its online losses take three minibatches, and their rows
-            update, batch = (
-                module.online_update,
-                (jax.tree.map(lambda x: jnp.stack([x] * 3), batch), 0),
-            )
+            update = module.online_update
+            batch = jax.tree.map(lambda x: jnp.stack([x] * 3), batch), 0
         agent, _ = update(agent, batch, config)
         return (agent, dataset), None
 
