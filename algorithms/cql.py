@@ -23,8 +23,8 @@ Deviations from the code of Cal-QL's authors (JaxCQL's; the first release takes 
  2. Online, after 1,000 frozen steps, every step has an update (theirs: episodes). Rounds begin with
     fresh episodes; the last ones, and so their returns, are cut off as by a time limit.
  3. Locomotion and D4RL's dense Adroit follow CORL, but for its one buffer of old and new; PointMaze
-    is ours. Kitchen goes on after its fourth subtask, and Minari's antmaze at the goal: values tend
-    to 500, the authors' end at 5 (as with collect.py goals). D is not clipped there, at -200.
+    and OGBench are ours. Kitchen goes on after four subtasks, Minari's antmaze at the goal: values
+    tend to 500, the authors' end at 5 (as with collect.py goals). D is not clipped there, at -200.
 """
 
 # /// script

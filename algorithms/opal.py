@@ -106,7 +106,7 @@ MAZE = dict(expectile=0.9, discount=0.999, eval_episodes=50, interval=50_000)
 SMALL = dict(skill_steps=10_000, offline_steps=30_000, online_steps=20_000, gru_layers=1)
 PRESETS = {  # auto: the first whose name is in the dataset's or the environment's, else mujoco
     "sac-medium-replay": SMALL | dict(normalize_returns=True, skill_hidden_dims=(64, 64)),
-    "ogbench": MAZE | dict(reward_scale=0.1),  # or beta 1 would be greedy
+    "ogbench": MAZE | dict(reward_scale=0.1),  # unscaled, beta 1 is greedy
     "maze": MAZE | dict(reward_shift=-1.0, reward_scale=0.1, eval_episodes=100),
     "mujoco": dict(normalize_returns=True),
 }

@@ -34,7 +34,7 @@ Deviations from the authors' code (there is none: from the code of its neighbour
     (multiplier) and 3e-4 for 1e-4 (policy), violations and slack weigh the same.
  3. PROTO (arXiv 2305.15669): TD3+BC before it, not XQL; no penalty in the critic's target, whose
     actions are noisy here; 0.8 as its 2 is beside 2.5 Q; other replay, noise and reward scale.
- 4. As in td3_bc.py: the switch, initialisation, presets, clipped actions, last rows, fresh starts.
+ 4. As in td3_bc.py: the switch, mazes, OGBench, initialisation, clipped actions, rows, episodes.
 """
 
 # /// script

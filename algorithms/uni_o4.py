@@ -814,7 +814,7 @@ def collect_round(agents, buffers, run, first, last):
 
 def on_own_rows(train, agents, buffers, run, first, last, successes=False):
     """A round of `train` on the dataset or, where there is none, on the rows collected. With
-    `successes` and --successes-only on those before their episode's last success."""
+    `successes` and --successes-only on those up to their episode's last success."""
     config, dataset, *rest = run
     if not config.dataset:
         dataset = jax.tree.map(lambda x: x[0], buffers)

@@ -14,8 +14,8 @@ imitate: the policy may leave where the critic is right, which only distance_to_
     python baselines/td3_bc.py --online-loss td3  # or --init-from RUN --online-loss td3
 
 Deviations from the authors' code (github.com/sfujim/TD3_BC):
- 1. The online phase is ours: first 1,000 steps of the noisy offline policy; the target policy is
-    then the policy, Adam anew; plain TD3 divides Q by mean|Q|, too, at least 1e-6; presets too.
+ 1. Ours are mazes, OGBench and the online phase: first 1,000 steps of the noisy offline policy; the
+    target policy is then the policy, Adam anew; plain TD3 divides Q by mean|Q|, too, at least 1e-6.
  2. Orthogonal initialisation; cut episodes keep their last rows; rounds begin with fresh episodes.
 """
 

@@ -1,6 +1,7 @@
 """OPAL: windows, losses of the task by hand, environments whose actions are skills, what is frozen
 online, and a toy: a skill plays its window again, and the better of two is chosen."""
 
+import re
 from functools import partial
 
 import gymnasium as gym
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import read_metrics, run_script
 from test_losses import OBS, A, B, batch_of, compiled, constant, fresh
 
 SIZES = dict(hidden_dims=(16, 8), skill_hidden_dims=(8,), gru_layers=1, skill_dim=2, batch_size=B)
@@ -143,6 +145,10 @@ def test_online_rows_are_skills(opal, pendulum, tmp_path):
     following, ends = rows["next_observations"][:, :-1], rows["ends"][:, :-1]
     assert ((following == rows["observations"][:, 1:]).all(axis=2) == (ends == 0)).all()
     np.testing.assert_array_equal(np.flatnonzero(rows["ends"][0]), [9, 19])  # of the rounds
+    code, out, err = run_script("results/evaluate.py", tmp_path)  # which plays skills, too
+    found, last = [float(x) for x in re.findall("return (\\S+)", out)], read_metrics(tmp_path)[-2:]
+    assert code == 0, err
+    np.testing.assert_allclose(found, [float(row["return"]) for row in last], rtol=1e-3)
 
 
 def test_a_skill_plays_its_window_again_and_the_better_one_is_chosen(opal):

@@ -143,7 +143,8 @@ def test_what_a_record_holds(tmp_path):
               "dataset_sha256": "abc"}  # fmt: skip
     config = {"script": "iql", "dataset": "hopper/sac-medium-replay-v0", "seed": 0}
     (tmp_path / "config.json").write_text(json.dumps(config | source))
-    rounds = ("offline", 10, 1), ("offline", 20, 30), ("online", 0, 0), ("online", 5, 7)
+    rounds = (("offline", 10, 1), ("offline", 20, 30), ("online", 0, 0), ("online", 5, 1),
+              ("online", 9, 7))  # fmt: skip
     rows = [f"{a},{b},{seed},{b}.{seed},,{c},2.0" for a, b, c in rounds for seed in (5, 6)]
     header = "phase,step,seed,return,score,updates_per_second,seconds"
     (tmp_path / "metrics.csv").write_text("\n".join([header, *rows, ""]))
@@ -151,14 +152,14 @@ def test_what_a_record_holds(tmp_path):
     start = module.provenance("algorithms/iql.py", False, {0})
     begun = [start | {"seconds": 3.0, "peak_memory_mb": 5}, start | {"peak_memory_mb": 9}]
     record = module.make_record(trial, tmp_path, begun)
-    assert record["steps"] == {"offline": 20, "online": 5}
+    assert record["steps"] == {"offline": 20, "online": 9}
     assert record["updates_per_second"] == {"offline": 30.0, "online": 7.0}  # without compilation
     assert (record["wall_seconds"], record["peak_memory_mb"]) == (3.0, 9)
     assert record["reference"] == {"random": 1.0, "expert": 5.0}
     assert record["dataset_rows"] == 120_000 and record["dataset_sha256"] == "abc"
     assert record["config"] == {"dataset": config["dataset"], "seed": 0}
-    assert record["curve"]["return"] == [10.5, 10.6, 20.5, 20.6, 0.5, 0.6, 5.5, 5.6]
-    assert record["curve"]["score"] == [None] * 8
+    assert record["curve"]["return"] == [10.5, 10.6, 20.5, 20.6, 0.5, 0.6, 5.5, 5.6, 9.5, 9.6]
+    assert record["curve"]["score"] == [None] * 10
     assert len(start["script_sha256"]) == 64 and start["packages"]["jax"] and start["cores"] == 1
     report = load_script("results/report.py")
     (tmp_path / "records/cpu/iql/default").mkdir(parents=True)
@@ -166,7 +167,7 @@ def test_what_a_record_holds(tmp_path):
     (tmp_path / "records/cpu/iql/default/seeds0-1.json").write_text(json.dumps(record))
     (found,) = report.group_runs(report.read_records(tmp_path / "records")).values()
     assert [(run["seed"], run["offline"], run["online"]) for run in found] == [
-        (5, 20.5, 5.5), (6, 20.6, 5.6)]  # fmt: skip
+        (5, 20.5, 9.5), (6, 20.6, 9.6)]  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------- Matrix

@@ -1,11 +1,11 @@
 """PA-RL's control: pa_rl.py, but online the gradient of Q goes through the policy's own sampling.
 
-    python results/controls/through_the_policy.py --policy diffusion --init-from RUN \\
-        --base-actions 1 --kept-actions 1 --ascent-steps 0
+    python results/controls/through_the_policy.py --policy diffusion --init-from RUN
 
 PA-RL's paper (arXiv 2412.06685) says that this is unstable for policies of many steps, and that to
-imitate optimised actions is not. So the two differ here by one loss, L = -E[mean_i Q_i(s, pi(s))],
-and by these flags, with which the policy's own samples are what is played and backed up.
+imitate optimised actions is not. The two differ here by one loss, L = -E[mean_i Q_i(s, pi(s))]: the
+policy's samples are optimised before they are played and backed up, as in pa_rl.py. A run's folder
+says pa_rl: go on in it with this file only.
 """
 
 import sys
