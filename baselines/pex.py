@@ -102,12 +102,14 @@ class Config:
 
 
 IQL = dict(normalize_returns=True, expectile=0.7, beta=3.0)  # so that iql.py's runs go on here
+OGBENCH = dict(
+    hidden_dims=(512,) * 4, layer_norm=True, log_std_range=(0.0, 0.0), eval_episodes=50,
+    interval=50_000)  # fmt: skip
 PRESETS = {  # auto: the first whose name is in the dataset's or the environment's, else mujoco
     "sac-medium-replay": IQL | dict(
         offline_steps=30_000, online_steps=20_000, warmup_steps=1_000, interval=5_000),
-    "ogbench": dict(
-        hidden_dims=(512,) * 4, layer_norm=True, log_std_range=(0.0, 0.0), eval_episodes=50,
-        interval=50_000),
+    "ogbench/cube": OGBENCH | dict(beta=1.0),
+    "ogbench": OGBENCH,
     "maze": dict(reward_shift=-1.0, eval_episodes=100, interval=50_000),
     "kitchen": dict(expectile=0.7, beta=0.5, dropout_rate=0.1),
     "adroit": dict(expectile=0.7, beta=0.5, dropout_rate=0.1),
