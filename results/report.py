@@ -35,10 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 HOME = ROOT / "results"
 FIELDS = ("steps", "units", "config", "reference", "command", "script", "curve")  # of a record
 COLUMNS = {"phase", "step", "seed", "return", "score"}  # of a curve
-COLORS = [
-    "#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd",
-    "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf",
-]  # fmt: skip
+COLORS = [matplotlib.colors.to_hex(color) for color in pyplot.colormaps["tab10"].colors]
 DASHES = ["-", "--", ":"]
 PHASES = {"offline": "updates offline", "online": "environment steps online"}
 TABLES = tomllib.loads((HOME / "tables.toml").read_text())  # what is in them, and claims of papers
@@ -257,29 +254,35 @@ def verdict(one, other):
 # ---------------------------------------------------------------------------------------- Figures
 
 
-def plot_table(groups, figures):
-    """Every seed of the one table: offline, at a tenth and at the end of the online steps; the
-    lines go down to the lowest evaluation online. Returns the picture in Markdown."""
-    if not any(dataset in WORLDS for _, dataset, _ in groups):
-        return ""
-    systems, shape = TABLES["systems"] + TABLES["variants"], {"figsize": (11, 9), "sharex": True}
-    figure, axes = pyplot.subplots(len(WORLDS), 1, layout="constrained", **shape)
-    for panel, (world, label) in zip(axes, WORLDS.items(), strict=True):
-        for x, entry in enumerate(systems):
-            for run in groups.get(("cpu", world, entry), []):
-                for i, key in enumerate(("offline", "early", "online")):
-                    if run[key] is not None:
-                        panel.plot(x + (i - 1) / 4, run[key], "o", ms=4, color=COLORS[i], alpha=0.7)
-                if run["dip"]:
-                    ends = run["offline"], run["lowest"]
-                    panel.plot([x - 0.25] * 2, ends, lw=1, color=COLORS[0], alpha=0.5)
-        panel.set_ylabel(label)
-    axes[-1].set_xticks(range(len(systems)), systems, rotation=60, ha="right", fontsize=8)
-    names = ("offline, down to the lowest online", "at a tenth of the online steps", "at the end")
-    handles = [Line2D([], [], ls="", marker="o", color=COLORS[i], label=names[i]) for i in range(3)]
-    figure.legend(handles=handles, frameon=False, ncols=3, loc="outside upper center")
-    save(figure, figures / "table.png")
-    return "\n\n![Every seed of the table](figures/table.png)"
+def plot_panels(title, groups, path):
+    """A panel per entry: every seed through its updates offline, up to the line, and its steps
+    online, each over half of it; a star is where a later phase ends. Grey: the other entries."""
+    rows, columns, number = -(-len(groups) // 5), min(5, len(groups)), EngFormatter(sep="")
+    shape = {"figsize": (1 + 2.4 * columns, 0.7 + 1.9 * rows), "sharex": True, "sharey": True}
+    figure, axes = pyplot.subplots(rows, columns, layout="constrained", squeeze=False, **shape)
+    for panel, entry in zip(axes.flat, groups, strict=False):
+        for other in sorted(groups, key=lambda name: name == entry):  # its own on top
+            grey = {} if other == entry else {"color": "0.88", "lw": 0.7, "ms": 2}
+            for run in groups[other]:
+                offline, online = ([*points] for points in run["points"].values())
+                online = [(0, offline[-1][1])] * bool(offline and online) + online
+                for i, points in enumerate((offline, online)):
+                    x = [i - 1 + step / max(points[-1][0], 1) for step, _ in points]
+                    y = [value for _, value in points]
+                    panel.plot(
+                        x, y, **{"color": COLORS[i], "marker": ".", "ms": 4, "lw": 1.2} | grey
+                    )
+                if run["final"] not in (run["online"], run["offline"]):
+                    panel.plot(1, run["final"], "*", **{"color": COLORS[2], "ms": 8} | grey)
+        panel.axvline(0, color="0.5", lw=0.7)
+        updates, steps = map(number, groups[entry][0]["steps"])
+        panel.set_title(f"{entry}: {updates} + {steps}", fontsize=9)
+        panel.set_xticks([])
+    for panel in axes.flat[len(groups) :]:
+        panel.set_axis_off()
+    figure.supylabel([*groups.values()][0][0]["unit"])
+    figure.suptitle(f"{title}: updates offline | environment steps online")
+    save(figure, path)
 
 
 def plot_values(records, figures):
@@ -526,13 +529,9 @@ def generate(records, folder, figures):
     groups, failed, pictures = group_runs(records), failures(records, folder), []
     for profile, dataset in dict.fromkeys(key[:2] for key in groups):
         mine = {key[2]: runs for key, runs in groups.items() if key[:2] == (profile, dataset)}
-        curves = {entry: [run["points"] for run in runs] for entry, runs in mine.items()}
         name = f"second-{profile}-{dataset}.png"
-        plot_curves(
-            f"{dataset} ({profile})", curves, [*mine.values()][0][0]["unit"], figures / name
-        )
+        plot_panels(f"{dataset} ({profile})", mine, figures / name)
         pictures.append(f"![{dataset}](figures/{name})")
-    points = plot_table(groups, figures)
     values = plot_values(records, figures)
     ended = f"Runs that did not come to their end: {'; '.join(failed) if failed else 'none'}."
     written = {ROOT / "README.md": {
@@ -540,7 +539,7 @@ def generate(records, folder, figures):
         "table": front_table(groups, TABLES["systems"]),
     }, HOME / "README.md": {
         "comparable": comparable_table(groups), "claims": claims_table(groups), "values": values,
-        "variants": front_table(groups, TABLES["variants"]) + points,
+        "variants": front_table(groups, TABLES["variants"]),
         "runs": f"{results_table(groups)}\n\n" + "\n".join(pictures), "failures": ended,
         "golden": golden_table(), "guide": guide(), "metrics": metrics_table(),
     }}  # fmt: skip

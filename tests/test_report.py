@@ -151,12 +151,21 @@ def test_claims_and_values_come_from_the_runs(report, tmp_path):
     assert report.plot_values(records, tmp_path).count("\n") == 1  # of two datasets
     points = report.curve_points(record["curve"], 2, "q", record["units"])
     assert points == {"offline": [], "online": [(10, 6.0), (100, 8.0)]}
-    (tmp_path / "more").mkdir()
-    assert report.plot_table({}, tmp_path) == "" and report.plot_table(groups, tmp_path)
-    records["cpu/awac/hopper/seed1"]["curve"]["score"] = (60, 41, 76)
-    report.plot_table(report.group_runs(records), tmp_path / "more")
-    one, other = tmp_path / "table.png", tmp_path / "more" / "table.png"
-    assert report.alike(one, one) and not report.alike(one, other)  # one point moved
+
+
+def test_a_panel_shows_every_evaluation_of_every_seed(report, tmp_path):
+    """Moving one of them, of whatever phase, changes the picture."""
+    rows = [("offline", 4, 60), ("online", 10, 40), ("online", 100, 70), ("retrain", 5, 65)]
+    for moved in (None, *range(4)):
+        new = [(*row[:2], row[2] + 4 * (i == moved)) for i, row in enumerate(rows)]
+        runs = {f"cpu/{entry}/hopper/seed{seed}": made(entry, rows, seed=seed)
+                for entry in ("ooo", "iql") for seed in (0, 1)}  # fmt: skip
+        runs["cpu/ooo/hopper/seed1"] = made("ooo", new, seed=1)
+        groups = {key[2]: found for key, found in report.group_runs(runs).items()}
+        report.plot_panels("hopper", groups, tmp_path / f"{moved}.png")
+    assert report.alike(tmp_path / "None.png", tmp_path / "None.png")
+    for i in range(4):
+        assert not report.alike(tmp_path / "None.png", tmp_path / f"{i}.png"), rows[i]
 
 
 def test_a_run_from_anothers_agents_has_its_offline_value(report):
