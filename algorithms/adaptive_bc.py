@@ -25,15 +25,18 @@ code is followed: the rule has the episode's length in it, which the paper's box
 compares with the average, as eq. 2 and not the box.
  1. Scores need reference returns, which the short run, of hopper, has from D4RL; without an
     expert's the authors divide by a known best reward per step. Of success tasks (references 0 and
-    1) an episode's score is whether it terminated.
+    1) an episode's score is, as in evaluation, whether it terminated or had a positive return.
  2. At the switch dataset rows, drawn with replacement, fill the buffer; its last fifth is sampled
     beside the new rows, until these overwrite it. The authors' ring begins with 50,000 of 250,000
-    rows (5 % of the dataset where that is more) and overwrites them first: the same in the end.
+    rows (5 % of the dataset where that is more), which go first once it is full: the same mix.
  3. An episode that the end of a round cuts does not count for the rule: its return is not whole.
- 4. One weight, offline and online's largest; walker2d-random's, 100 and 0.4, are two runs, the
-    second --init-from the first: it comes down to 0.4 at the end of its first episode.
- 5. Orthogonal initialisation; cut episodes keep their last rows; rounds begin with fresh episodes.
- 6. The authors' datasets are D4RL's -v0. Mazes, OGBench and the short run, of less UTD, are ours.
+    In rounds not much longer than episodes short ones count more.
+ 4. One weight, offline and online's first and largest; walker2d-random's, 100 and 0.4, are two
+    runs, the second --init-from the first.
+ 5. Orthogonal initialisation; cut episodes keep their last rows; rounds begin with fresh episodes;
+    mean|Q| is at least 1e-6.
+ 6. The authors' datasets are D4RL's -v0, in Adroit the expert's. Other Adroit data, mazes, OGBench
+    and the short run, of less UTD, are ours.
 """
 
 # /// script
@@ -116,7 +119,7 @@ class Config:
 QUICK = dict(utd_ratio=2, reference_returns=(-20.272305, 3234.3))  # D4RL's, of hopper
 PRESETS = {  # auto: the first whose name is in the dataset's or the environment's, else mujoco
     "sac-medium-replay": dict(offline_steps=30_000, online_steps=20_000, interval=5_000) | QUICK,
-    "ogbench": dict(hidden_dims=(512,) * 4, utd_ratio=1, online_steps=1_000_000, interval=50_000),
+    "ogbench": dict(hidden_dims=(512,) * 4, utd_ratio=1, eval_episodes=50, interval=50_000),
     "maze": dict(reward_shift=-1.0, online_steps=300_000, eval_episodes=100, interval=50_000),
     "adroit": dict(utd_ratio=1, bc_weight=8.0, kp=6e-4, kd=2e-3),
     "mujoco": dict(),
@@ -127,7 +130,7 @@ METRICS = {  # the algorithm's own columns of metrics.csv, with their healthy ra
     "q": "mean Q of the batch; near or above the dataset's discounted return, never far above",
     "actor_loss": "near -1 (near 1: Q is negative), plus the weighted imitation",
     "imitation": "mean squared distance of the policy's actions from the batch's; falls, then flat",
-    "weight": "of the imitation; online it falls from bc_weight, and rises after bad episodes",
+    "weight": "falls from bc_weight, rises after bad episodes; near 0 imitation rises again",
     "distance_to_offline": "root mean square of pi - offline pi, last states; a jump is a warning",
 }
 
@@ -276,7 +279,7 @@ def online_update(agent, batch, config):
 def weight_rule(agents, terminated, truncated, episodes, config):
     """At the ends of episodes (S,): the weight, by the average before, then the average."""
     (low, high), average = config.reference_returns, agents.average_score  # (S,)
-    measure = terminated if (low, high) == (0, 1) else episodes["r"]  # success, or the return
+    measure = (terminated | (episodes["r"] > 0)) if (low, high) == (0, 1) else episodes["r"]
     score = jnp.where(terminated | truncated, (measure - low) / (high - low), average)
     fall = config.kp * (config.target_score - average)  # per environment step
     rise = config.kd * jnp.maximum(0.0, average - score)
@@ -369,7 +372,8 @@ def adaptive_round(agents, buffers, run, first, last):
         buffers = jax.tree.map(lambda x: x[rows], dataset)  # (S, C, ...)
         score = evaluate(agents, envs, {"reference": config.reference_returns}, config, 0)["score"]
         offline, average = jax.tree.map(jnp.copy, agents.actor.params), jnp.float32(score / 100)
-        agents = agents.replace(offline_actor_params=offline, average_score=average)
+        weight = jnp.full_like(agents.weight, config.bc_weight)  # an earlier run may have moved it
+        agents = agents.replace(offline_actor_params=offline, average_score=average, weight=weight)
     train = partial(ruled_round, update=online_update)
     agents, buffers, info = train(agents, buffers, run, first, last)
     moved = distance(agents, agents.offline_actor_params, buffers, last, run[0])

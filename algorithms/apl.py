@@ -23,8 +23,8 @@ Deviations from the authors' code (github.com/zhan0903/APL0, agents/td3_bc_gc.py
  3. Q is divided by mean|Q| of at least 1e-6. Orthogonal initialisation.
  4. GC-TD3BC alone. The paper's other system, GCQL, has the same switch on CQL's term, which is
     cql.py's: five critics, entropy and sampled actions are more than this file differs by.
- 5. The switch by source is the code's; what weights the paper has was not looked up. OGBench, mazes
-    and the short run of sac-medium-replay (smaller fresh buffer, two updates per step) are ours.
+ 5. The switch by source is the code's, and agrees with the paper's abstract; its equations were not
+    read. OGBench, mazes and the short run (smaller fresh buffer, two updates per step) are ours.
 """
 
 # /// script
@@ -281,13 +281,13 @@ def phases(config):
 
 
 def online_batch(dataset, buffer, size, key, config):
-    """A step's batches (U, B, ...) and which of them are greedy (U,), by a coin each: these are of
-    the newest online transitions, if they are enough; the others of all, the dataset's too."""
+    """A step's batches (U, B, ...) and a flag each (U,), by a coin: 1, greedy, of the newest online
+    transitions, once they are enough; or 0, conservative, of the dataset and all online ones."""
     coin_key, row_key = jax.random.split(key)
     coin = jax.random.uniform(coin_key, (config.utd_ratio,))  # (U,)
     fresh = jnp.minimum(size, config.fresh_size)  # ()
     greedy = (coin < config.greedy_ratio) & (fresh > config.fresh_minimum)  # (U,)
-    count = len(dataset.rewards)  # the rows are numbered through, the newest come last
+    count = len(dataset.rewards)  # numbered through: the dataset's rows, then the buffer's
     first = jnp.where(greedy, count + size - fresh, 0)[:, None]  # (U, 1)
     shape = config.utd_ratio, config.batch_size
     rows = jax.random.randint(row_key, shape, first, count + size)  # (U, B)

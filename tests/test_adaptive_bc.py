@@ -46,6 +46,8 @@ def test_of_success_tasks_the_score_is_success(adaptive_bc):
     episodes = {"r": np.array([-70.0, -200.0, 0.0]), "l": np.array([70, 200, 0])}
     new = adaptive_bc.weight_rule(agents, *ends, episodes, config)
     np.testing.assert_array_equal(new.average_score, [1, 0, 0])
+    new = adaptive_bc.weight_rule(agents, *ends, episodes | {"r": np.array([1, 37, 0])}, config)
+    np.testing.assert_array_equal(new.average_score, [1, 1, 0])  # where a goal does not terminate
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +98,16 @@ def test_a_run_follows_the_rule_and_its_checkpoint_has_the_state(run, adaptive_b
     found = arrays["agents/weight"], arrays["agents/average_score"]
     np.testing.assert_allclose(found, (weight, average), rtol=1e-4, atol=1e-5)
     assert arrays["agents/critic/step"].tolist() == [10 + 2 * 460] * 2
+
+
+def test_the_weight_begins_anew_with_another_run(run, adaptive_bc, monkeypatch):
+    """Both seeds' at once, whichever of them ends an episode first."""
+    first = []
+    monkeypatch.setattr(adaptive_bc, "ruled_round", lambda agents, *rest, **more: (
+        first.append(np.array(agents.weight)), (agents, rest[0], {"updates": 0}))[1])  # fmt: skip
+    more = ["--init-from", str(run.folder), "--bc-weight", "0.7"]
+    adaptive_bc.main([*run.flags[:-2], *more, "--run-dir", str(run.folder / "more")])
+    np.testing.assert_allclose(first[0], [0.7, 0.7])
 
 
 # ----------------------------------------------------------------------------------------- Batches
