@@ -20,10 +20,11 @@ step one of them is drawn, by the softmax of what each expects of its own action
 Deviations from the authors' code (github.com/YiqinYang/BOORL):
  1. A member's part of the data has exactly kept_share of the rows, theirs each with that chance.
     Parts are the same in all seeds; offline each member has a copy of its own in memory.
- 2. Only the dataset and the first 25,000 transitions are the old half of a batch, as theirs; their
-    buffer for it has 1e6 places, so that those overwrite rows of a large dataset.
+ 2. The old half of a batch: the dataset and the first 25,000 transitions. The authors' buffer for
+    it has 1e6 places: in a large dataset these overwrite rows, and a larger one is an error.
  3. Each seed goes on from its own offline agents; the authors' all from those of seed 0.
- 4. Orthogonal initialisation; cut episodes keep their last rows; rounds begin with fresh episodes.
+ 4. Offline the members' mean acts in evaluation, theirs act one by one; mean|Q| is at least 1e-6.
+    Orthogonal initialisation; cut episodes keep their last rows; rounds begin with fresh episodes.
  5. Mazes, OGBench and the short run (fewer steps and updates per step) are ours.
 """
 
@@ -96,15 +97,15 @@ class Config:
     warmup_steps: int = 25_000  # environment steps before the first online update
     # BOORL
     num_members: int = 5  # agents
-    kept_share: float = 0.9  # of the dataset's rows, drawn for each member: all that it learns from
+    kept_share: float = 0.9  # of the dataset's rows, drawn for each member: its part offline
     choice_scale: float = 1.0  # online: logits of the member that acts, per unit of Q
-    utd_ratio: int = 5  # online: updates of the critics per environment step and update of policies
+    utd_ratio: int = 5  # online, for policy_delay: critics' updates per step and policies' update
 
 
 BRIEF = dict(warmup_steps=2_000, utd_ratio=1)
 PRESETS = {  # auto: the first whose name is in the dataset's or the environment's, else mujoco
     "sac-medium-replay": dict(offline_steps=30_000, online_steps=20_000, interval=5_000) | BRIEF,
-    "ogbench": dict(hidden_dims=(512,) * 4, online_steps=1_000_000, interval=50_000),
+    "ogbench": dict(hidden_dims=(512,) * 4, eval_episodes=50, interval=50_000),
     "maze": dict(reward_shift=-1.0, online_steps=300_000, eval_episodes=100, interval=50_000),
     "mujoco": dict(),
 }
@@ -112,7 +113,7 @@ INIT_FROM = ("boorl",)  # scripts whose agents --init-from takes
 METRICS = {  # the algorithm's own columns of metrics.csv, with their healthy range
     "critic_loss": "squared TD error, summed over critics; bounded, may grow with q",
     "q": "mean Q of the batch; near or above the dataset's discounted return, never far above",
-    "actor_loss": "near -q_weight, online -Q of the policies' actions: falls as q rises",
+    "actor_loss": "near -q_weight (near q_weight: Q is negative); online -Q, falls as q rises",
     "imitation": "mean squared distance of the policy's actions from the batch's; falls, then flat",
     "distance_to_offline": "root mean square of pi - offline pi, last states; a jump is a warning",
 }
@@ -320,7 +321,7 @@ def bootstrap_round(agents, buffers, run, first, last):
 
 def online_batch(dataset, buffer, size, key, config):
     """An online update's `utd_ratio` minibatches (U, B, ...): `offline_ratio` rows of the dataset
-    and of the first `warmup_steps`, the rest of the `size` newest."""
+    and of the buffer's first `warmup_steps` places, the rest of the `size` newest."""
     total, early = len(dataset.rewards), jnp.minimum(size, config.warmup_steps)
     offline = jnp.arange(config.batch_size) < config.batch_size * config.offline_ratio  # (B,)
     shape, count = (config.utd_ratio, *offline.shape), jnp.where(offline, total + early, size)

@@ -1,33 +1,33 @@
-"""MOORe, a reconstruction: model-based offline-to-online RL. Only the paper's abstract is known.
+"""MOORe, a reconstruction: model-based RL whose models forget the dataset slowly once online.
 
-A model of the environment, learnt from data, lets a policy practise where the data are thin, as far
-as the model can be trusted; online the same model goes on learning. This file is our reading of two
-sentences, not the authors' algorithm: no code was found, and no number of theirs is held here.
+Models of the environment let a policy practise where the data are thin, as far as they can be
+trusted. Online, a few new transitions are lost among a million old ones; learnt from alone, they
+take away at once what the policy rests on. So a row of the dataset has a priority that fades from
+epoch to epoch; by it are drawn what the models learn from and where their rollouts begin.
 
-    MOORe: Model-based Offline-to-Online Reinforcement Learning, arXiv 2201.10070 (its abstract)
+    Mao, Wang, Wang, Zhang: MOORe: Model-based Offline-to-Online Reinforcement Learning,
+    arXiv 2201.10070; offline it is MOPO, arXiv 2005.13239
 
-    dynamics     L_T  = sum_m E[ |mu_m - y|^2 / sigma_m^2 + log sigma_m^2 ], y = (s' - s, r)
-    model rows   s', r ~ one of the M models, a ~ pi(s), for `horizon` steps from real states;
-                 r is reduced by penalty * max_m |sigma_m(s, a)|
-    shares       P(k) = priority_k * error_k / sum_j priority_j * error_j over the sources: offline,
-                 online, model; error_k: running mean of |TD error| over the rows of source k
-    critic       L_Q  = E[ sum_i (r + discount * soft V(s') - Q_i(s, a))^2 ], rows drawn by P(k),
-                 from which the policy and the temperature learn, too, as in sac.py
+    dynamics  L_T  = sum_m E[ mean((mu_m - y)^2 / sigma_m^2 + log sigma_m^2) ], y = (s' - s, r)
+    Eq. (2)   r~   = r - penalty * max_m |sigma_m(s, a)|, s' and r from one of the M models, drawn
+              anew in each of `horizon` steps from a real state; a ~ pi(s)
+    Eq. (3)   Pr   = 1 of an online row, f(t) of one of the dataset
+    Eq. (4)   f(t) = 1 / (decay * t), t = 1, 2, ...: the epoch, of epoch_steps environment steps
+    critic    L_Q  = E[ sum_i (r~ + discount * soft V(s') - Q_i(s, a))^2 ]; all else is sac.py's
 
     python algorithms/moore.py                                    # the dataset in this repository
     python algorithms/moore.py --dataset mujoco/hopper/medium-v0  # any Minari dataset here
 
-The paper's, by its abstract: a model-based offline algorithm goes on online with its model, and a
-prioritised sampling scheme adjusts the use of offline and online data as training goes on.
-Ours, all of the rest:
- 1. The models are uni_o4.py's, without hold-out rows and elites: fitted for `dynamics_steps`, then
-    for `refit_steps` at the start of every online round, on all rows so far.
- 2. MOPO's penalty (arXiv 2005.13239), constant: it falls with the models' deviations. Rollouts are
-    made anew for every update and stored nowhere; one that ends, by the environment's rule
-    (`termination`, of raw observations), begins again where it began.
- 3. The priority of a source is its TD error, times a constant; of a single row there is none.
- 4. SAC, two updates per step; all sizes, rates and presets.
- 5. Rounds begin with fresh episodes, the last ones are cut off, as by a time limit.
+No code is public: this is a reconstruction from the paper and MOPO's code (tianheyu927/mopo).
+ 1. Online the models make an update per step; the paper's, every 250 steps, as many as converge.
+    They have no hold-out rows and no elites (of MOPO's seven the best five count).
+ 2. Rollouts are made anew for every update and stored nowhere; the paper's, 100,000 every 250
+    steps, are kept. One that ends begins again where it began; `termination` is the rule.
+ 3. real_share of a batch are the rows the rollouts begin at, as in MOPO's code, online, too.
+ 4. Rows are drawn in proportion to their priority; the paper does not give the exponent of its
+    prioritised replay, nor its decay (the paper's alpha; it tried 0.1 to 10).
+ 5. horizon and penalty are MOPO's. Beyond locomotion and in the short run all settings are ours.
+ 6. Rounds begin with fresh episodes, the last ones are cut off, as by a time limit.
 """
 
 # /// script
@@ -46,7 +46,7 @@ import os
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import distrax
 import flax
@@ -91,34 +91,39 @@ class Config:
     hidden_dims: tuple[int, ...] = (256, 256)  # widths of every network
     learning_rate: float = 3e-4  # Adam, every network
     # SAC
-    warmup_steps: int = 1_000  # environment steps before the first online update
+    warmup_steps: int = 250  # environment steps before the first online update
     num_critics: int = 2  # Q-functions; the minimum counts
     entropy_per_action: float = -1.0  # target entropy (nats) per action dimension
-    utd_ratio: int = 2  # updates per environment step
+    utd_ratio: int = 20  # updates per environment step
     # Models
     model_hidden_dims: tuple[int, ...] = (200, 200, 200, 200)  # widths of the dynamics model
     model_learning_rate: float = 1e-3  # Adam, model
     model_batch_size: int = 256  # transitions per update of the model
     num_models: int = 7  # members of the model's ensemble
-    refit_steps: int = 1_000  # updates of the models at the start of an online round
     horizon: int = 5  # steps of a rollout in the models
-    penalty: float = 1.0  # of the largest deviation, per step; in the agent's units
-    termination: str = ""  # rule that ends a rollout, see terminated
-    priorities: tuple[float, ...] = (0.5, 1.0, 1.0)  # of offline, online and model rows
-    error_rate: float = 0.01  # share of a batch's TD errors in the running means
+    penalty: float = 1.0  # the papers' lambda: reward per unit of the largest deviation
+    real_share: float = 0.05  # of a batch, rows that are no model's
+    termination: Literal["", "hopper", "walker2d", "halfcheetah", "maze", "goal"] = (
+        ""  # of rollouts
+    )
+    # MOORe
+    decay: float = 1.0  # the paper's alpha: of the priority of the dataset's rows
+    epoch_steps: int = 1_000  # environment steps per epoch
 
 
 PRESETS = {  # auto: the first whose name is in the dataset's or the environment's, else mujoco
     "sac-medium-replay": dict(  # hopper's medium-replay, in a quarter of an hour
-        dynamics_steps=4_000, model_hidden_dims=(128, 128), num_models=5,
-        offline_steps=30_000, online_steps=20_000, interval=5_000, refit_steps=500,
-        termination="hopper", normalize_returns=True),
-    "ogbench": dict(eval_episodes=50, interval=50_000),
-    "maze": dict(termination="maze", reward_shift=-1.0, eval_episodes=50, interval=50_000),
-    "hopper": dict(termination="hopper", normalize_returns=True),
-    "walker2d": dict(termination="walker2d", normalize_returns=True),
-    "halfcheetah": dict(termination="halfcheetah", normalize_returns=True),
-    "mujoco": dict(normalize_returns=True),
+        dynamics_steps=4_000, model_hidden_dims=(128, 128), num_models=5, termination="hopper",
+        offline_steps=30_000, online_steps=20_000, interval=5_000, utd_ratio=2),
+    "ogbench": dict(termination="goal", penalty=0.1, eval_episodes=50, interval=50_000),
+    "maze": dict(termination="maze", penalty=0.1, reward_shift=-1.0, eval_episodes=50),
+    "hopper/medium-v": dict(termination="hopper", penalty=5.0),
+    "walker2d/medium-v": dict(termination="walker2d", penalty=5.0),
+    "halfcheetah/medium-v": dict(termination="halfcheetah", horizon=1),
+    "hopper": dict(termination="hopper"),
+    "walker2d": dict(termination="walker2d", horizon=1),
+    "halfcheetah": dict(termination="halfcheetah"),
+    "mujoco": dict(),
 }  # fmt: skip
 INIT_FROM = ("moore",)  # scripts whose agents --init-from takes
 METRICS = {  # the algorithm's own columns of metrics.csv, with their healthy range
@@ -127,10 +132,9 @@ METRICS = {  # the algorithm's own columns of metrics.csv, with their healthy ra
     "temperature_loss": "near 0 once the entropy is at its target",
     "q": "mean Q of the batch; below the best discounted return",
     "entropy": "-log pi of the policy's own actions (nats); settles at the target entropy",
-    "dynamics_loss": "negative log-likelihood of the models (nats), summed over them; falls",
-    "deviation": "mean of max_m |sigma_m| over model rows; the penalty is a small part of a reward",
-    "model_share": "of the rows of a batch; where model rows have the larger errors, they are more",
-    "online_share": "of the rows of a batch; rises where the policy comes to new places",
+    "dynamics_loss": "negative log-likelihood (nats, without constants), summed over models; falls",
+    "deviation": "mean of max_m |sigma_m| over model rows; times penalty below a reward's size",
+    "online_share": "of the rows drawn online; rises as the dataset's priority falls",
     "temperature": "price of a nat of entropy; from 1 to where the entropy is at its target",
 }
 
@@ -230,7 +234,6 @@ class Agent:
     dynamics: TrainState  # M models, and the two bounds (O + 1,) of log-variances that they share
     input_mean: jax.Array  # (O + A,), of the models' inputs
     input_std: jax.Array  # (O + A,)
-    td_errors: jax.Array  # (3,), running means of |TD error|: offline, online and model rows
     key: jax.Array
 
 
@@ -261,7 +264,6 @@ def create_agent(key, observation, action, config):
         dynamics=TrainState.create(apply_fn=model.apply, params=dynamics, tx=model_adam),
         input_mean=jnp.zeros(inputs.shape[1]),
         input_std=jnp.ones(inputs.shape[1]),
-        td_errors=jnp.ones(3),
         key=key,
     )
 
@@ -286,7 +288,7 @@ def model_targets(batch):
 
 def dynamics_loss(params, agent, batch, key, config):
     """Gaussian negative log-likelihood, summed over models, each with its own batch (M, B, ...);
-    from the authors' code a penalty on weights, layer by layer, and one that draws the bounds of
+    from MBPO's code a penalty on weights, layer by layer, and one that draws the bounds of
     the log-variance together."""
     mean, log_var = predict(agent, params, batch.observations, batch.actions)  # (M, B, O + 1)
     error = (mean - model_targets(batch)) ** 2 * jnp.exp(-log_var)  # (M, B, O + 1)
@@ -312,8 +314,7 @@ def critic_loss(params, agent, batch, key, config):
     target_q = batch.rewards + config.discount * batch.masks * next_v  # (B,)
     q = agent.critic.apply_fn(params, batch.observations, batch.actions)  # (N, B)
     loss = ((q - target_q[None]) ** 2).mean(axis=1).sum()
-    td_error = jnp.abs(q - target_q[None]).mean(axis=0)  # (B,)
-    return loss, {"critic_loss": loss, "q": q.mean(), "td_error": td_error}
+    return loss, {"critic_loss": loss, "q": q.mean()}
 
 
 def actor_loss(params, agent, batch, key, config):
@@ -362,7 +363,8 @@ def fit_dynamics(agent, batch, config):
 
 
 def imagine(agent, starts, key, config):
-    """Rows (horizon * P, ...) of rollouts in the models from states (P, O); the mean deviation."""
+    """Eq. (2): rows (horizon * P, ...) of rollouts in the models from states (P, O); the mean
+    deviation."""
 
     def step(observations, key):
         policy_key, model_key, noise_key = jax.random.split(key, 3)
@@ -378,6 +380,7 @@ def imagine(agent, starts, key, config):
         following = observations + sample[:, :-1]  # (P, O)
         rewards = sample[:, -1] - config.penalty * deviation  # (P,)
         end = terminated(following, config.termination)  # (P,)
+        end |= (config.termination == "goal") & (sample[:, -1] > -0.5)  # rewards of -1, there 0
         rows = Batch(observations, actions, rewards, following, 1.0 - end, 1.0 * end)
         return jnp.where(end[:, None], starts, following), (rows, deviation)
 
@@ -385,37 +388,23 @@ def imagine(agent, starts, key, config):
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows), deviation.mean()
 
 
-def update(agent, batch, config, online=None):
-    """SAC's on rows of three sources, drawn by their shares: of the dataset, of the environment
-    (`online`, none before the switch), and of the models, asked from the others' states."""
-    key, source_key, model_key, sac_key = jax.random.split(agent.key, 4)
-    there = jnp.array([1.0, online is not None, 1.0])  # (3,)
-    shares = jnp.array(config.priorities) * agent.td_errors * there  # (3,), not normalised
-    source = jax.random.categorical(source_key, jnp.log(shares), shape=batch.rewards.shape)  # (B,)
-    choose = jax.vmap(jnp.where)
-    new = batch if online is None else online  # (B, ...)
-    real = jax.tree.map(partial(choose, source == 1), new, batch)  # (B, ...)
-    count = -(-len(source) // config.horizon)
-    imagined, deviation = imagine(agent, real.observations[:count], model_key, config)
-    imagined = jax.tree.map(lambda x: x[: len(source)], imagined)  # (B, ...)
-    rows = jax.tree.map(partial(choose, source == 2), imagined, real)  # (B, ...)
-    agent, info = sac_update(agent.replace(key=sac_key), rows, config)
-    from_source = jax.nn.one_hot(source, 3)  # (B, 3)
-    error = info.pop("td_error") @ from_source / jnp.maximum(from_source.sum(axis=0), 1.0)  # (3,)
-    rate = config.error_rate * from_source.any(axis=0)  # (3,), 0 where no row was drawn
-    td_errors = agent.td_errors + rate * (error - agent.td_errors)
-    info |= {"deviation": deviation, "online_share": (source == 1).mean()}
-    return agent.replace(td_errors=td_errors, key=key), info | {"model_share": (source == 2).mean()}
+def update(agent, batch, config):
+    """SAC's, on rows of the models' rollouts from the batch's states, and some of the batch's."""
+    key, model_key, sac_key = jax.random.split(agent.key, 3)
+    count = -(-len(batch.rewards) // config.horizon)
+    imagined, deviation = imagine(agent, batch.observations[:count], model_key, config)
+    kept = round(config.real_share * len(batch.rewards))
+    mix = jax.tree.map(lambda x, y: jnp.append(x[:kept], y, axis=0)[: len(x)], batch, imagined)
+    agent, info = sac_update(agent.replace(key=sac_key), mix, config)
+    return agent.replace(key=key), info | {"deviation": deviation}
 
 
-def online_update(agent, batches, config):
-    """The same `utd_ratio` times, each on a batch of the dataset and one of the buffer."""
-
-    def body(agent, both):
-        return update(agent, both[0], config, online=both[1])
-
-    agent, info = jax.lax.scan(body, agent, batches)
-    return agent, jax.tree.map(jnp.mean, info)
+def online_update(agent, drawn, config):
+    """One of the models, and `utd_ratio` of the agent."""
+    model_rows, batches, share = drawn  # (M * B, ...), (U, B, ...), ()
+    agent, fitted = fit_dynamics(agent, model_rows, config)
+    agent, info = jax.lax.scan(partial(update, config=config), agent, batches)
+    return agent, jax.tree.map(jnp.mean, info) | fitted | {"online_share": share}
 
 
 def explore(agent, observation, key, config):
@@ -451,26 +440,6 @@ def terminated(x, rule):
     return jnp.zeros(len(x), bool)
 
 
-@partial(jax.jit, static_argnames=("config", "num_steps"), donate_argnames="agents")
-def fit_models(agents, buffers, dataset, size, config, num_steps):
-    """Updates of the models on the dataset's and the `size` newest rows. Metrics are means (S,)."""
-    count, shape = len(dataset.rewards), (config.num_models * config.model_batch_size,)
-
-    def one_seed(agent, buffer):
-        def body(agent, _):
-            key, row_key = jax.random.split(agent.key)
-            rows = jax.random.randint(row_key, shape, 0, count + size)  # (M * B,)
-            old = jax.tree.map(lambda x: x[rows], dataset)
-            new = jax.tree.map(lambda x: x[rows - count], buffer)
-            batch = jax.tree.map(partial(jax.vmap(jnp.where), rows < count), old, new)
-            return fit_dynamics(agent.replace(key=key), batch, config)
-
-        agent, info = jax.lax.scan(body, agent, length=num_steps)
-        return agent, jax.tree.map(jnp.mean, info)
-
-    return for_each_seed(one_seed, agents, buffers)
-
-
 # ------------------------------------------------------------------------------- Offline to online
 def phases(config):
     """The run, phase by phase: name, number of steps, and what one round of them does."""
@@ -478,50 +447,37 @@ def phases(config):
         raise SystemExit(f"--termination {config.termination}: of observations as they are")
     yield "dynamics", config.dynamics_steps, fitting_round
     yield "offline", config.offline_steps, partial(offline_round, update=update)
-    yield "online", config.online_steps, refitted_round
+    train = partial(online_round, update=online_update, warmup=config.warmup_steps)
+    yield "online", config.online_steps, train
 
 
 def fitting_round(agents, buffers, run, first, last):
     """Updates `first` to `last` of the models on the dataset, whose moments they know."""
-    config, dataset, _, bar = run
+    config, dataset, *rest = run
     x = jnp.concatenate([dataset.observations, dataset.actions], axis=1)  # (D, O + A)
     std = jnp.where(x.std(axis=0) < 1e-12, 1.0, x.std(axis=0))  # (O + A,)
     mean, std = (jnp.tile(y, (config.num_seeds, 1)) for y in (x.mean(axis=0), std))
     agents = agents.replace(input_mean=mean, input_std=std)
-    agents, info = fit_in_slices(agents, buffers, dataset, 0, config, last - first, bar)
-    return agents, buffers, info | {"updates": last - first}
-
-
-def fit_in_slices(agents, buffers, dataset, size, config, num_steps, bar=None):
-    """`num_steps` updates of the models, in slices, so that the bar moves, if there is one."""
-    infos = []
-    for begin in range(0, num_steps, 100):
-        number = min(100, num_steps - begin)
-        agents, info = fit_models(agents, buffers, dataset, size, config, number)
-        infos.append(jax.device_get(info))
-        if bar:
-            bar.update(number)
-    return agents, jax.tree.map(lambda *xs: np.mean(xs, axis=0), *infos)
-
-
-def refitted_round(agents, buffers, run, first, last):
-    """An online round, after the models have been fitted to all rows so far."""
-    config, dataset, *_ = run
-    size, fitted = min(first, buffers.rewards.shape[1]), {}
-    if first > 0 and config.refit_steps > 0:
-        inputs = buffers, dataset, size, config, config.refit_steps
-        agents, fitted = fit_in_slices(agents, *inputs)
-    train = partial(online_round, update=online_update, warmup=config.warmup_steps)
-    agents, buffers, info = train(agents, buffers, run, first, last)
-    return agents, buffers, info | fitted
+    wide = dataclasses.replace(config, batch_size=config.num_models * config.model_batch_size)
+    return offline_round(agents, buffers, (wide, dataset, *rest), first, last, fit_dynamics)
 
 
 def online_batch(dataset, buffer, size, key, config):
-    """Batches (U, B, ...) of `utd_ratio` updates: of the dataset, and of the `size` newest rows."""
-    sizes = jnp.array([len(dataset.rewards), size])[:, None, None]  # (2, 1, 1)
-    shape = 2, config.utd_ratio, config.batch_size
-    old, new = jax.random.randint(key, shape, 0, sizes)  # (U, B) each
-    return jax.tree.map(lambda x: x[old], dataset), jax.tree.map(lambda x: x[new], buffer)
+    """Eqs. (3), (4): rows of the dataset and of the `size` newest, drawn by priority, for an update
+    of the models (M * B, ...) and `utd_ratio` of the agent (U, B, ...); the share of new ones."""
+    count, epoch = len(dataset.rewards), 1 + (size - 1) // config.epoch_steps
+    weight = count / (config.decay * epoch)  # (), of all old rows; that of all new ones is `size`
+    first = config.num_models * config.model_batch_size
+    shape, (old_key, row_key) = (
+        (first + config.utd_ratio * config.batch_size,),
+        jax.random.split(key),
+    )
+    old = jax.random.uniform(old_key, shape) < weight / (weight + size)  # (D,)
+    rows = jax.random.randint(row_key, shape, 0, jnp.where(old, count, size))  # (D,)
+    pick = partial(jax.vmap(jnp.where), old)
+    drawn = jax.tree.map(lambda x, y: pick(x[rows], y[rows]), dataset, buffer)
+    batches = jax.tree.map(lambda x: x[first:].reshape(config.utd_ratio, -1, *x.shape[1:]), drawn)
+    return jax.tree.map(lambda x: x[:first], drawn), batches, 1.0 - old.mean()
 
 
 @partial(jax.jit, donate_argnames="buffers")

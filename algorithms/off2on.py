@@ -15,7 +15,7 @@ might have met, old or new: a network tells how much likelier a row is to be new
     V_e(s')  = min_i Qtarget_ei(s', a') - temperature * log pi(a' | s'), a' ~ pi(s')
     L_pi     = E[ temperature * log pi(a | s) - mean_e min_i Q_ei(s, a) ], a ~ pi(s)
     L_alpha  = -temperature * E[ log pi(a | s) + target_entropy ]
-    L_w      = -E_old[ log 2 / (1 + w) ] - E_new[ log 2 w / (1 + w) ], w(s, a) the density ratio
+    L_w      = -E_old[ log(2 / (1 + w)) ] - E_new[ log(2 w / (1 + w)) ], w(s, a) the density ratio
     priority = w^(1/T) / E_old[ w^(1/T) ] in 0.001 ... 1000, T = priority_temperature
 
     python algorithms/off2on.py                                    # the dataset in this repository
@@ -23,7 +23,7 @@ might have met, old or new: a network tells how much likelier a row is to be new
 
 Deviations from the authors' code (github.com/shlee94/Off2OnRL):
  1. Its CQL agents come ready-made, five runs of a million updates; ours are cql.py's (deviations
-    there), with its settings. They differ by initialisation and draws, but see the same batches.
+    there), but of two layers, with one next action, a fixed weight. They see the same batches.
  2. After 1,000 frozen steps come 10,000 updates, then one after every step; theirs follow every
     1,000 steps as 1,000 updates, and episodes begin anew there. Ours begin anew with a round; the
     last are cut off as by a time limit, but time limits' own last rows, which they skip, stay.
@@ -127,8 +127,8 @@ METRICS = {  # the algorithm's own columns of metrics.csv, with their healthy ra
     "actor_loss": "temperature * log pi - Q; falls as q rises",
     "entropy": "-log pi of the policy's own actions (nats); settles at the target entropy",
     "temperature": "price of a nat of entropy; from 1 to where the entropy is at its target",
-    "ratio_loss": "of the density ratio; falls from 0 as it tells new rows from old",
-    "priority": "mean of the batch's rows, 1 offline; above 1 where they are like new ones",
+    "ratio_loss": "of the density ratio; falls, to -1.39 at most, as it tells new rows from old",
+    "priority": "mean of those given to the batch's rows; above 1 where they are like new ones",
 }
 
 
@@ -219,7 +219,7 @@ def from_log(params):
 class Agent:
     """All that training changes. Outside the losses with a leading axis of seeds, (S, ...).
     The ensemble is an agent whose networks are those of all members, (E, ...): its Q are (N, E, B)
-    where theirs are (N, B), and the losses' means are over E, too."""
+    where theirs are (N, B). Losses are means over E, too, but the critics' is their sum."""
 
     actor: TrainState
     critic: TrainState
@@ -249,12 +249,12 @@ def create_member(key, observation, action, config):
 
 
 def create_agent(key, observation, action, config):
-    """The ensemble of fresh members, with optimisers and a temperature of its own."""
+    """The ensemble of fresh members; its optimisers have learning_rate, its temperature is 1."""
     key, ratio_key, *keys = jax.random.split(key, config.num_members + 2)
     member = partial(create_member, observation=observation, action=action, config=config)
     members, ratio = jax.vmap(member)(jnp.stack(keys)), Value(config.hidden_dims)
-    ratio_params = ratio.init(ratio_key, observation, action)
-    ratio_params["params"]["bias"] += 1.0  # first ratios near 1
+    first = ratio.init(ratio_key, observation, action)["params"]  # but ratios start near 1:
+    ratio_params = {"params": first | {"kernel": 0.01 * first["kernel"], "bias": jnp.ones(())}}
     policy = partial(matched_policy, members.actor.apply_fn)
     critic = jax.vmap(members.critic.apply_fn, in_axes=(0, None, None), out_axes=1)  # (N, E, B)
     create = partial(TrainState.create, tx=optax.adam(config.learning_rate))
@@ -341,8 +341,8 @@ def conservative_loss(params, agent, batch, key, config):
 
 
 def ratio_loss(params, agent, batches, key, config):
-    """Density of new rows over that of old ones, by a bound of the Jensen-Shannon divergence. Of
-    the parameters before the step are the priorities of the rows in the first of the batches."""
+    """Density of new rows over that of old ones, by a bound of the Jensen-Shannon divergence. The
+    priorities of the first batch's rows are of the parameters before the step."""
     w = nn.relu(agent.ratio.apply_fn(params, batches.observations, batches.actions))  # (3, B)
     balanced, old, new = w  # (B,) each
     loss = -jnp.log(2 / (1 + old) + 1e-10).mean() - jnp.log(2 * new / (1 + new) + 1e-10).mean()
@@ -427,7 +427,7 @@ def online_batch(dataset, buffer, size, key, config):
     inside = jnp.cumsum(priorities[block], axis=1)  # (B, K)
     rest = wanted - jnp.append(0.0, ends)[block]  # (B,)
     place = jax.vmap(jnp.searchsorted)(inside, jnp.minimum(rest, inside[:, -1]))  # (B,)
-    balanced = block * priorities.shape[1] + place  # (B,)
+    balanced = jnp.minimum(block * priorities.shape[1] + place, count + size - 1)  # (B,)
     bounds = jnp.array([[[0], [count]], [[count], [count + size]]])  # (2, 2, 1)
     uniform = jax.random.randint(keys[1], (2, *shape), *bounds)  # (2, B), dataset's, newest
     rows = jnp.stack([balanced, *uniform])  # (3, B)
@@ -441,7 +441,7 @@ def first_priorities(new, dataset, config):
     and the one (S,) they enter with, by which `new_share` of the first batch will be new."""
     (seeds, capacity), old = new.rewards.shape, len(dataset.rewards)
     rows = jnp.arange(-(old + capacity) // 1000 * -1000).reshape(-1, 1000)  # (P, K)
-    entry = config.new_share / (1 - config.new_share) * old / config.warmup_steps
+    entry = config.new_share / (1 - config.new_share) * old / max(1, config.warmup_steps)
     return jnp.tile(1.0 * (rows < old), (seeds, 1, 1)), jnp.full(seeds, entry)
 
 
@@ -492,7 +492,7 @@ def balanced_round(agents, buffers, run, first, last):
         new, observations = insert(new, rows, step % capacity), after
         place = np.full((config.num_seeds, 1), old + step % capacity)
         priorities, largest = prioritize(priorities, largest, place, largest[:, None])
-        many = config.first_updates if step + 1 == config.warmup_steps else 1
+        many = max(1, config.first_updates) if step + 1 == max(1, config.warmup_steps) else 1
         size, due = min(step + 1, capacity), step + 1 >= config.warmup_steps
         for _ in range(many):
             replay = new, priorities

@@ -20,13 +20,13 @@ to --q-bounds: far off, as a rule.
     python algorithms/ooo.py  # on the repository's data, or: --dataset D4RL/antmaze/umaze-v1
 
 Deviations from the authors' code (github.com/MaxSobolMark/OOO, its IQL); the paper was not at hand:
- 1. One command for two scripts. Theirs retrains for several N: --init-from RUN --online-steps N.
-    Its bounds are of rewards after N, too; ours hold r as well, the return of an episode that ends.
- 2. With no success a batch is uniform (theirs is smaller). Kitchen: Minari pays a task once; such
-    rows are upsampled, there episodes with four tasks. Theirs has a reward shift of -4.
- 3. Adroit: Minari's rewards are dense (binary: --q-bounds -100 500). pointmaze is their maze2d,
-    whose retraining stops with an error. Hammer is left out; the other presets are ours.
- 4. Rounds begin with fresh episodes, the last ones are cut off. RND's moments are float32.
+ 1. One command for two scripts. Theirs retrains on the first N online steps, for several N (here
+    --init-from RUN --online-steps N), its bounds are of later rewards, too; ours hold min r and
+    max r as well, returns of episodes that end, and online steps never overwrite the dataset.
+ 2. With no success a batch is uniform (theirs is smaller). Kitchen: rows with most tasks done are
+    upsampled, theirs whole episodes with four. Adroit's rewards are Minari's, dense.
+ 3. On maze2d (here pointmaze) and kitchen their retraining ends in an error. Other presets: ours.
+ 4. Rounds begin with fresh episodes; cut ones keep their last rows. RND's moments are float32.
 """
 
 # /// script
@@ -87,8 +87,8 @@ class Config:
     discount: float = 0.99  # per step
     tau: float = 0.005  # target critic: fraction of the new critic per update
     buffer_size: int = 4_000_000  # online transitions kept, per seed; the oldest go first
-    hidden_dims: tuple[int, ...] = (256, 256)  # widths of every network
-    learning_rate: float = 3e-4  # Adam, every network
+    hidden_dims: tuple[int, ...] = (256, 256)  # widths of IQL's networks
+    learning_rate: float = 3e-4  # Adam, IQL's networks
     # IQL
     expectile: float = 0.7  # 0.5: V is the mean of Q over the data; towards 1: its maximum
     beta: float = 3.0  # inverse temperature of the advantage weights; 0: behaviour cloning
@@ -123,7 +123,7 @@ METRICS = {  # the algorithm's own columns of metrics.csv, with their healthy ra
     "value_loss": "expectile loss of V (scaled reward units squared); falls, then flat",
     "critic_loss": "squared TD error, mean over critics; bounded, may grow with q",
     "actor_loss": "weighted negative log-likelihood (nats); falls",
-    "q": "mean Q of the batch; near or above the dataset's discounted return, never far above",
+    "q": "mean Q of the batch; retraining near the data's discounted return, exploring above it",
     "v": "mean V of the batch; close to q",
     "advantage": "mean of Q - V; slightly negative for expectile > 0.5",
     "weight": "mean advantage weight; of order 1 (max_weight: beta is too large for the rewards)",
@@ -222,7 +222,7 @@ def create_agent(key, observation, action, config):
     value_params = value.init(value_key, observation)
     last_layer = nn.Dense(config.rnd_dims[-1], kernel_init=orthogonal)
     features = nn.Sequential([MLP(config.rnd_dims[:-1]), last_layer])  # (B, O) -> (B, F)
-    predictor_params, random_params = (features.init(key, observation) for key in rnd_keys)
+    predictor_params, random_params = (features.init(x, observation) for x in rnd_keys)
     adam, rnd_adam = optax.adam(config.learning_rate), optax.adam(config.rnd_learning_rate)
     zeros = jnp.zeros(observation.shape[1])  # (O,)
     return Agent(
@@ -437,12 +437,12 @@ def retrain_steps(agents, buffers, dataset, config, num_steps, anew):
 def retrain_round(agents, buffers, run, first, last):
     """Updates `first` to `last`, before the first of which the agents are made anew."""
     (config, dataset, _, bar), totals = run, []
-    if first == 0 and config.init_from:
+    if first == last:  # --init-from's round of no steps
         arrays, meta = load(config.init_from)
         made = max((x["step"] for x in meta["rows"] if x["phase"] == "online"), default=0)
-        if made < config.online_steps:
+        if not config.online_steps <= made <= arrays["buffers/rewards"].shape[1]:
             raise SystemExit(f"--init-from {config.init_from}: it made {made} online steps")
-        new = {x: y[:, : config.online_steps] for x, y in arrays.items() if "buffers/" in x}
+        new = {x: y[:, : buffers.rewards.shape[1]] for x, y in arrays.items() if "buffers/" in x}
         buffers = restore({"buffers": buffers}, new, config.init_from)["buffers"]
     for begin in range(first, last, 1000):
         size = min(1000, last - begin)

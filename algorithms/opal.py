@@ -20,12 +20,12 @@ shorter, what it chooses is played as the data would. Online only the task polic
 
 Deviations. The authors' code is not public: a reconstruction, held to a third party's numbers
 (github.com/hij0527/OPAL-PyTorch, branch phase1) in the autoencoder, its loss and the windows.
- 1. The task is learnt by IQL, in the paper by CQL. All settings of the task are ours.
+ 1. The task is learnt by IQL, in the paper by CQL. All its settings are ours, kitchen has none.
  2. Going on online from the offline task policy is ours, with an update per skill, on windows and
     skills played, half and half. The paper's online runs are SAC or PPO, from nothing.
  3. R is discounted, as in the paper (third party: a plain sum, and 0.99 per skill).
  4. pi is not tuned again on relabelled windows, the same as it was trained on, and plays its mean.
- 5. Standard deviations in exp([-5, 2]) (theirs: [-10, 2]), batches of 256 (50), no gradient bound.
+ 5. Standard deviations in exp([-5, 2]) ([-10, 2]), 100,000 updates on 256 windows (200,000 on 50).
  6. Rounds begin with fresh episodes. A skill that an end cuts counts as whole, as c steps, too.
 """
 
@@ -83,10 +83,10 @@ class Config:
     normalize_returns: bool = False  # rewards times 1000 / (max - min return in the dataset)
     reward_scale: float = 1.0  # r <- reward_scale * r + reward_shift, after the above
     reward_shift: float = 0.0  # see reward_scale
-    batch_size: int = 256  # transitions per update
+    batch_size: int = 256  # windows per update; online half are skills played
     discount: float = 0.99  # per step
     tau: float = 0.005  # target critic: fraction of the new critic per update
-    buffer_size: int = 1_000_000  # online transitions kept, per seed; the oldest go first
+    buffer_size: int = 1_000_000  # online steps kept, per seed, as skills; the oldest go first
     hidden_dims: tuple[int, ...] = (256, 256)  # widths of the task's networks
     learning_rate: float = 3e-4  # Adam, of the task's networks
     # Skills
@@ -107,7 +107,7 @@ SMALL = dict(skill_steps=10_000, offline_steps=30_000, online_steps=20_000, gru_
 PRESETS = {  # auto: the first whose name is in the dataset's or the environment's, else mujoco
     "sac-medium-replay": SMALL | dict(normalize_returns=True, skill_hidden_dims=(64, 64)),
     "ogbench": MAZE | dict(reward_scale=0.1),  # unscaled, beta 1 is greedy
-    "maze": MAZE | dict(reward_shift=-1.0, reward_scale=0.1, eval_episodes=100),
+    "maze": MAZE | dict(reward_shift=-0.1, reward_scale=0.1, eval_episodes=100),
     "mujoco": dict(normalize_returns=True),
 }
 INIT_FROM = ("opal",)  # scripts whose agents --init-from takes
@@ -378,7 +378,7 @@ def windows_of(dataset, config):
     """Every `skill_length` rows in a row of one episode: a Batch with a leading axis of windows."""
     length = config.skill_length
     episode = np.append(0, np.cumsum(dataset.ends[:-1], dtype=int))  # (N,), number of each row's
-    starts = np.flatnonzero(episode[: len(episode) - length + 1] == episode[length - 1 :])
+    starts = np.flatnonzero(episode[: max(0, len(episode) - length + 1)] == episode[length - 1 :])
     if not len(starts):
         raise SystemExit(f"no episode of the dataset has --skill-length {length} steps")
     rows = starts[:, None] + np.arange(length)  # (W, c)

@@ -447,7 +447,7 @@ def model_targets(batch):
 
 def dynamics_loss(params, agent, batch, key, config):
     """Gaussian negative log-likelihood, summed over models, each with its own batch (M, B, ...);
-    from the authors' code a penalty on weights, layer by layer, and one that draws the bounds of
+    from MBPO's code a penalty on weights, layer by layer, and one that draws the bounds of
     the log-variance together."""
     mean, log_var = predict(agent, params, batch.observations, batch.actions)  # (M, B, O + 1)
     error = (mean - model_targets(batch)) ** 2 * jnp.exp(-log_var)  # (M, B, O + 1)

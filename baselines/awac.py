@@ -21,8 +21,8 @@ Deviations from the authors' code (github.com/rail-berkeley/rlkit, examples/awac
     observations, no weight decay of the policy (1e-4), Q unbounded (at most 0 in manipulation).
  3. 1,000,000 updates offline, as CORL (25,000 to 50,000), then one per step from the first one on;
     theirs collect 1,000 steps and make 1,000 updates in turn.
- 4. IQL's policy: mean by tanh, log of the std in [-5, 2] (theirs [-6, 0]), sampled actions clipped.
-    Orthogonal initialisation.
+ 4. IQL's policy: log of the std in [-5, 2], from 0 (theirs [-6, 0], from -3); sampled actions are
+    clipped. pi learns after Q, with the new Q (theirs with the old). Orthogonal initialisation.
  5. Rounds begin with fresh episodes. Cut episodes keep their last rows. OGBench, kitchen, point
     mazes, the scale of rewards in locomotion and the short run of sac-medium-replay are ours.
 """

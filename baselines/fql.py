@@ -10,7 +10,7 @@ Online new transitions join the dataset, and the same losses go on, one update p
     critic    L_Q    = E[ mean_i (r + discount * mean_j Qtarget_j(s', a') - Q_i(s, a))^2 ],
               a' = clip(mu(s', z)), z ~ N(0, I); the minimum over j with --target-minimum
     flow      L_flow = E[ mean (v(s, x_t, t) - (a - z))^2 ], x_t = (1 - t) z + t a, t ~ U(0, 1)
-    actor     L_mu   = imitation * E[ mean (mu(s, z) - flow(s, z))^2 ] - E[ mean_i Q_i(s, mu) ]
+    actor     L_mu = imitation * E[ mean (mu(s, z) - flow(s, z))^2 ] - E[ mean_i Q_i(s, clip(mu)) ]
 
 flow(s, z) is where flow_steps Euler steps of v, 1 / flow_steps each, lead from z; it is clipped.
 
@@ -18,10 +18,12 @@ flow(s, z) is where flow_steps Euler steps of v, 1 / flow_steps each, lead from 
     python baselines/fql.py --dataset mujoco/hopper/medium-v0  # any Minari dataset on this machine
 
 Deviations from the authors' code (github.com/seohongpark/fql):
- 1. Orthogonal initialisation; the critics' hidden layers are ReLU, theirs GELU, as the flows' are.
+ 1. Orthogonal initialisation; the critics' hidden layers are LayerNorm, then ReLU (theirs GELU, as
+    the flows' are, then LayerNorm). The target follows the new critic, theirs the one before.
  2. Evaluation's noise comes from the observations, so that it can be repeated; theirs is fresh.
- 3. Elsewhere than OGBench, antmaze and Adroit Q is divided by mean|Q| and imitation is 1, by their
-    advice for new tasks; OGBench's point maze has the cubes' 300, Adroit what they fine-tune with.
+ 3. Kitchen and locomotion divide Q by mean|Q| and have imitation 1, by their advice for new tasks.
+    Point mazes have antmaze's 10 (OGBench's the cubes' 300), D4RL's large antmaze, too (theirs 3);
+    OGBench's medium antmaze large's 10 without its minimum; Adroit what they fine-tune with.
  4. Rounds begin with fresh episodes, the last ones are cut off, as by a time limit.
 """
 
@@ -275,7 +277,7 @@ def update(agent, batch, config):
 
 def explore(agent, observation, key, config):
     """The training policy's action (A,) in one observation (O,)."""
-    noise = jax.random.normal(key, (agent.actor.params["params"]["Dense_0"]["bias"].size,))  # (A,)
+    noise = jax.random.normal(key, agent.actor.params["params"]["Dense_0"]["bias"].shape)  # (A,)
     action = agent.actor.apply_fn(agent.actor.params, observation[None], noise[None])[0]  # (A,)
     return jnp.clip(action, -1.0, 1.0)
 

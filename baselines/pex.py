@@ -13,19 +13,19 @@ and V go on from the offline phase, which is IQL's.
     L_pi = -E[ exp(beta * (min_i Qtarget_i(s, a) - V(s))) * log pi(a | s) ]
     offline  a of the data, pi the offline policy
     online   a of the data in L_V and L_Q; in L_pi pi is the new policy and a is composite:
-             a_1 = mode of pi_offline(s), a_2 ~ pi_new(s), P(a = a_k) ~ exp(sharpness * Q(s, a_k))
+             a_1 = mode of pi_offline(s), a_2 ~ pi_new(s), P(a_k) = softmax_k(sharpness * Q(s, a_k))
              with Q(s, a_k) = min_i Q_i(s, a_k); so, too, is what is done in the environment
 
-    python baselines/pex.py  # or --init-from RUN, of this script or of iql.py
+    python baselines/pex.py  # or --init-from RUN, of this script or, in the same units, of iql.py
 
 Deviations from the authors' code (github.com/Haichao-Zhang/PEX):
  1. Evaluation is greedy: the new policy proposes its mode, the better proposal is taken; theirs is
     random, with probability 0.1 in each. Before it has learnt the new policy does not count there.
  2. Proposals are clipped to the box before Q is asked. The critics' losses are summed, theirs are
-    averaged. Offline updates are in iql.py's order: pi before Q, and Q with the new V.
- 3. The online phase keeps the optimisers of Q and V; theirs are new.
+    averaged. Offline updates are in iql.py's order: pi before Q, both with the new V.
+ 3. The online phase keeps the optimisers of Q and V; theirs are new. Orthogonal initialisation.
  4. Cut episodes keep their last rows; rounds begin with fresh episodes. OGBench, kitchen, Adroit,
-    point mazes and the short run, whose settings are iql.py's, are ours.
+    point mazes and the short run are ours, with iql.py's settings, so that its runs go on here.
 """
 
 # /// script
@@ -96,18 +96,18 @@ class Config:
     offline_ratio: float = 0.5  # of every online batch, from the dataset
     warmup_steps: int = 5_000  # environment steps before the first online update
     dropout_rate: float = 0.0  # in the policies
-    log_std_range: tuple[float, float] = (-5.0, 2.0)  # of the policy; (0, 0): a constant std of 1
+    log_std_range: tuple[float, float] = (-5.0, 2.0)  # of the offline policy; (0, 0): a std of 1
     layer_norm: bool = False  # in critics and V
     decay_actor_lr: bool = True  # cosine to 0 over offline_steps; the new policy's is constant
 
 
 IQL = dict(normalize_returns=True, expectile=0.7, beta=3.0)  # so that iql.py's runs go on here
-OGBENCH = dict(
-    hidden_dims=(512,) * 4, layer_norm=True, log_std_range=(0.0, 0.0), eval_episodes=50,
-    interval=50_000)  # fmt: skip
+OGBENCH = dict(hidden_dims=(256,) * 4, layer_norm=True, log_std_range=(0.0, 0.0))
+OGBENCH |= dict(decay_actor_lr=False, eval_episodes=50, interval=50_000)
 PRESETS = {  # auto: the first whose name is in the dataset's or the environment's, else mujoco
     "sac-medium-replay": IQL | dict(
         offline_steps=30_000, online_steps=20_000, warmup_steps=1_000, interval=5_000),
+    "ogbench/antmaze": OGBENCH | dict(hidden_dims=(512,) * 4),
     "ogbench/cube": OGBENCH | dict(beta=1.0),
     "ogbench": OGBENCH,
     "maze": dict(reward_shift=-1.0, eval_episodes=100, interval=50_000),
@@ -122,7 +122,7 @@ METRICS = {  # the algorithm's own columns of metrics.csv, with their healthy ra
     "actor_loss": "weighted negative log-likelihood (nats), online of the new policy; falls",
     "q": "mean Q of the batch; near or above the dataset's discounted return, never far above",
     "v": "mean V of the batch; close to q",
-    "advantage": "mean of Q - V; slightly negative for expectile > 0.5",
+    "advantage": "mean of Q - V; offline slightly negative for expectile > 0.5",
     "weight": "mean advantage weight; of order 1 (max_weight: beta is too large for the rewards)",
     "new_share": "share of drawn actions that are the new policy's; rises as it learns, or stays 0",
 }
@@ -210,7 +210,8 @@ def create_agent(key, observation, action, config):
     critic = ensemble(Value, config.num_critics)(config.hidden_dims, config.layer_norm)
     value = Value(config.hidden_dims, config.layer_norm)
     actor_params = actor.init(actor_key, observation)
-    new_params = actor.init(new_key, observation)
+    new_actor = GaussianPolicy(*inputs[:3])  # its std is always learnt
+    new_params = new_actor.init(new_key, observation)
     critic_params = critic.init(critic_key, observation, action)
     value_params = value.init(value_key, observation)
     rate, end = config.learning_rate, 0.0 if config.decay_actor_lr else 1.0
@@ -218,7 +219,7 @@ def create_agent(key, observation, action, config):
     actor_adam, adam = optax.adam(decay), optax.adam(rate)
     return Agent(
         actor=TrainState.create(apply_fn=actor.apply, params=actor_params, tx=actor_adam),
-        new_actor=TrainState.create(apply_fn=actor.apply, params=new_params, tx=adam),
+        new_actor=TrainState.create(apply_fn=new_actor.apply, params=new_params, tx=adam),
         critic=TrainState.create(apply_fn=critic.apply, params=critic_params, tx=adam),
         value=TrainState.create(apply_fn=value.apply, params=value_params, tx=adam),
         target_critic_params=jax.tree.map(jnp.copy, critic_params),
@@ -306,8 +307,8 @@ def online_update(agent, batch, config):
     target = optax.incremental_update(critic.params, agent.target_critic_params, config.tau)
     agent = agent.replace(value=value, critic=critic, target_critic_params=target, key=key)
     actions, chosen = composite(agent, batch.observations, draw_key, config)  # (B, A), (B,)
-    batch = batch.replace(actions=actions)
-    new_actor, info = gradient_step(agent.new_actor, actor_loss, agent, batch, actor_key, config)
+    inputs = agent.replace(actor=agent.new_actor), batch.replace(actions=actions), actor_key, config
+    new_actor, info = gradient_step(agent.new_actor, actor_loss, *inputs)
     agent, info = agent.replace(new_actor=new_actor), info | {"new_share": chosen.mean()}
     return agent, value_info | critic_info | info
 

@@ -58,7 +58,7 @@ SCRIPTS = {  # README's table: what, paper, nearest sibling
         "IQL explores by RND, a fresh one is retrained", "2310.08558", "algorithms/iql.py"
     ),
     "algorithms/moore.py": (
-        "SAC with learnt models, by an abstract", "2201.10070", "baselines/sac.py"
+        "SAC on models that forget the data slowly", "2201.10070", "baselines/sac.py"
     ),
     "algorithms/opal.py": ("IQL over skills learnt before", "2010.13611", "algorithms/iql.py"),
     "baselines/bc.py": ("behaviour cloning, %BC", "2106.01345", "algorithms/iql.py"),

@@ -1,5 +1,5 @@
-"""MOORe, a reconstruction: rollouts by hand, where they end; the shares of the three sources, by
-their TD errors; the models learn from old and new rows; a model is worth as much as its data."""
+"""MOORe, a reconstruction: rollouts by hand, where they end; the fading priority of the dataset;
+what a batch is of; the models learn from old and new rows, as far as these are drawn."""
 
 from functools import partial
 
@@ -27,7 +27,7 @@ def ready(moore, config):
     """A random agent, whose models' bounds and inputs are as at the start."""
     agent, start = fresh(moore, config), moore.create_agent
     start = start(jax.random.PRNGKey(0), jnp.zeros((1, OBS)), jnp.zeros((1, A)), config)
-    return agent.replace(dynamics=start.dynamics, input_std=start.input_std, td_errors=jnp.ones(3))
+    return agent.replace(dynamics=start.dynamics, input_std=start.input_std)
 
 
 def test_a_rollout_goes_on_from_where_it_is_and_pays_for_the_deviation(moore, setting):
@@ -71,30 +71,79 @@ def test_the_rule_is_of_observations_as_they_are(moore):
         list(moore.phases(config))
 
 
-def test_rows_are_drawn_by_priority_times_error_and_errors_follow(moore, setting):
+def test_a_goal_ends_a_rollout_where_the_reward_says_so(moore, setting):
+    """Of -1 and 0: in models whose reward is 0.1 every step ends, of one below -0.5 none."""
+    config, agent, batch = setting
+    config = moore.dataclasses.replace(config, termination="goal")
+    rows, _ = moore.imagine(agent, batch.observations[:4], jax.random.PRNGKey(0), config)
+    assert (rows.masks == 0).all() and (rows.rewards < -0.5).all()  # the penalty does not count
+    models = agent.dynamics.params["models"]["params"]
+    bias = models["Dense_1"]["bias"].at[:, OBS].set(-1.5)  # of the reward's mean
+    models = {"params": models | {"Dense_1": models["Dense_1"] | {"bias": bias}}}
+    dynamics = agent.dynamics.replace(params=agent.dynamics.params | {"models": models})
+    rows, _ = moore.imagine(
+        agent.replace(dynamics=dynamics), batch.observations[:4], jax.random.PRNGKey(0), config
+    )
+    assert (rows.masks == 1).all()
+
+
+def test_a_batch_is_of_rollouts_from_its_states_and_some_of_its_rows(moore, setting, monkeypatch):
     config, agent, _ = setting
-    size = 4000
-    config = moore.dataclasses.replace(config, batch_size=size, priorities=(0.5, 1.0, 2.0))
-    zeros = jax.tree.map(lambda x: jnp.zeros((size, *x.shape[1:])), batch_of(moore, 0))
-    old, new = zeros, zeros.replace(rewards=jnp.full(size, 50.0))
-    agent = agent.replace(td_errors=jnp.array([4.0, 1.0, 1.5]))
-    after, info = jax.jit(partial(moore.update, config=config))(agent, old, online=new)
-    np.testing.assert_allclose(info["online_share"], 1 / 6, atol=0.03)
-    np.testing.assert_allclose(info["model_share"], 3 / 6, atol=0.03)
-    _, info = jax.jit(partial(moore.update, config=config))(agent, old)
-    assert info["online_share"] == 0
-    np.testing.assert_allclose(info["model_share"], 3 / 5, atol=0.03)
-    found = (after.td_errors - 0.99 * agent.td_errors) / 0.01  # of this batch, by source
-    assert found[0] < 5 and abs(found[1] - 50) < 5 and found[2] < 10
-    only = agent.replace(td_errors=jnp.array([1.0, 0.0, 0.0]))
-    after, _ = jax.jit(partial(moore.update, config=config))(only, old, online=new)
-    np.testing.assert_array_equal(after.td_errors[1:], [0, 0])  # nothing drawn, nothing learnt
+    config = moore.dataclasses.replace(config, batch_size=40, real_share=0.1, horizon=3)
+    rows = jax.tree.map(lambda x: jnp.zeros((40, *x.shape[1:])), batch_of(moore, 0))
+    states = jnp.arange(40.0)[:, None] + jnp.zeros((40, OBS))
+    seen, rows = [], rows.replace(observations=states, rewards=jnp.full(40, 50.0))
+    monkeypatch.setattr(
+        moore, "sac_update", lambda agent, batch, _: seen.append(batch) or (agent, {})
+    )
+    moore.update(agent, rows, config)
+    (mix,) = seen
+    assert mix.rewards.shape == (40,)
+    np.testing.assert_array_equal(mix.rewards[:4], 50.0)  # real_share of them
+    assert mix.rewards[4:].max() < 10
+    np.testing.assert_array_equal(mix.observations[:4], states[:4])
+    np.testing.assert_array_equal(mix.observations[4:18], states[:14])  # a rollout's first rows
+    assert not np.isin(mix.observations[18:], states).any()
+
+
+def test_the_datasets_priority_fades_from_epoch_to_epoch(moore):
+    """1,000 old rows of reward 0; the online rows have their number, the ones not there yet -1."""
+    config = moore.Config(**SIZES | dict(batch_size=500), model_batch_size=400, utd_ratio=3,
+                          decay=0.5, epoch_steps=100)  # fmt: skip
+    old = jax.tree.map(lambda x: jnp.zeros((1000, *x.shape[1:])), batch_of(moore, 0))
+    for size, epoch in ((1, 1), (100, 1), (101, 2), (1000, 10)):
+        numbers = jnp.where(jnp.arange(1200) < size, jnp.arange(1200) + 1.0, -1.0)
+        new = jax.tree.map(lambda x: jnp.ones((1200, *x.shape[1:])), batch_of(moore, 0))
+        new = new.replace(rewards=numbers)
+        draw = jax.jit(partial(moore.online_batch, config=config))
+        for_models, batches, share = draw(old, new, size, jax.random.PRNGKey(size))
+        assert for_models.rewards.shape == (1200,) and batches.rewards.shape == (3, 500)
+        expected = size / (size + 1000 / (0.5 * epoch))  # Eqs. (3), (4)
+        for rewards in (for_models.rewards, batches.rewards):
+            assert rewards.min() >= 0 and rewards.max() <= size
+            np.testing.assert_allclose((rewards > 0).mean(), expected, atol=0.05)
+        np.testing.assert_allclose(share, expected, atol=0.03)
+    uniform = np.sort(np.ravel(batches.rewards[batches.rewards > 0]))
+    np.testing.assert_allclose(uniform.mean(), 500, rtol=0.1)  # of 1 ... 1000, all alike
+    np.testing.assert_array_equal(for_models.observations[:, 0], for_models.rewards > 0)
+
+
+def test_an_online_step_is_one_of_the_models_and_utd_ratio_of_the_agent(moore):
+    config = moore.Config(**SIZES, model_batch_size=5, utd_ratio=4)
+    agent, rows = ready(moore, config), jax.tree.map(np.array, batch_of(moore, 0))
+    drawn = moore.online_batch(rows, rows, B, jax.random.PRNGKey(0), config)
+    after, info = jax.jit(partial(moore.online_update, config=config))(agent, drawn)
+    steps = [x.step - y.step for x, y in zip(
+        (after.dynamics, after.critic, after.actor), (agent.dynamics, agent.critic, agent.actor),
+        strict=True)]  # fmt: skip
+    assert steps == [1, 4, 4] and info["online_share"] == drawn[2]
+    assert set(info) == set(moore.METRICS)
 
 
 def test_models_learn_what_old_and_new_rows_say(moore):
     """The state falls by |a|: what rows with a < 0 alone do not say of a > 0."""
     config = moore.Config(**SIZES | dict(model_hidden_dims=(64,)), model_learning_rate=1e-2)
-    agents = jax.tree.map(lambda x: jnp.asarray(x)[None], ready(moore, config))
+    agent = ready(moore, config)
     rng, rows = np.random.default_rng(0), jax.tree.map(jnp.zeros_like, batch_of(moore, 0))
 
     def world(low, high):
@@ -108,15 +157,20 @@ def test_models_learn_what_old_and_new_rows_say(moore):
         )
 
     old, new = world(-1.0, 0.0), world(0.0, 1.0)
-    buffers = jax.tree.map(lambda x: x[None], new)
 
-    def error(agents):
-        agent = jax.tree.map(lambda x: x[0], agents)
+    def fitted(agent, decay):
+        with_decay = moore.dataclasses.replace(config, decay=decay, utd_ratio=1)
+
+        def step(agent, key):
+            for_models, _, _ = moore.online_batch(old, new, 256, key, with_decay)
+            return moore.fit_dynamics(agent, for_models, with_decay)
+
+        return jax.lax.scan(step, agent, jax.random.split(jax.random.PRNGKey(0), 400))
+
+    def error(agent):
         many = jax.tree.map(lambda x: jnp.stack([x] * 3), new)
         mean, _ = moore.predict(agent, agent.dynamics.params, many.observations, many.actions)
         return float(((mean - moore.model_targets(many)) ** 2).mean())
 
-    copy = partial(jax.tree.map, jnp.copy)  # what is fitted is donated
-    before, _ = moore.fit_models(copy(agents), buffers, old, 0, config, 400)
-    after, info = moore.fit_models(copy(agents), buffers, old, 256, config, 400)
-    assert error(after) < 0.02 and error(before) > 0.2 and info["dynamics_loss"].shape == (1,)
+    none, half = (jax.jit(partial(fitted, decay=decay))(agent) for decay in (1e-9, 1.0))
+    assert error(half[0]) < 0.02 and error(none[0]) > 0.2 and half[1]["dynamics_loss"][-1] < 0

@@ -174,3 +174,9 @@ def test_phases_resume_and_init_from(ooo, pendulum, tmp_path, monkeypatch):
     assert found["agents/critic/step"] == 40
     with pytest.raises(SystemExit, match="it made 30 online steps"):
         ooo.main([*again[:-1], "--online-steps=31", f"--run-dir={tmp_path}/more"])
+    ooo.main([*again[:-1], "--online-steps=0", f"--run-dir={tmp_path}/none"])  # the data alone
+    assert ooo.load(tmp_path / "none")[0]["agents/critic/step"] == 40
+    short = [*flags, "--buffer-size=20"]  # the ring of 20 has lost the first steps
+    ooo.main([*short, f"--run-dir={tmp_path}/short"])
+    with pytest.raises(SystemExit, match="it made 30 online steps"):
+        ooo.main([*short, f"--init-from={tmp_path}/short", f"--run-dir={tmp_path}/lost"])

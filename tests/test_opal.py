@@ -37,6 +37,17 @@ def test_windows_stay_inside_their_episode(opal):
     np.testing.assert_array_equal(windows.ends, [0, 0, 1, 1, 0, 1])
     with pytest.raises(SystemExit, match="--skill-length 6"):
         opal.windows_of(rows, opal.Config(skill_length=6))
+    with pytest.raises(SystemExit, match="--skill-length 10"):  # longer than the dataset
+        opal.windows_of(rows_of(opal, (3, 3)), opal.Config(skill_length=10))
+
+
+@pytest.mark.parametrize("preset", ["ogbench", "maze"])
+def test_a_goal_is_worth_0_and_a_step_costs_a_tenth(opal, preset):
+    """OGBench's rewards are -1 and 0, the mazes' 0 and 1."""
+    settings = opal.PRESETS[preset]
+    rewards = [-1, 0] if preset == "ogbench" else [0, 1]
+    scaled = opal.rescale(rewards, settings["reward_scale"], settings.get("reward_shift", 0.0))
+    close(scaled, [-0.1, 0.0])
 
 
 def test_task_losses_by_hand(opal):

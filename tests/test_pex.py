@@ -132,6 +132,28 @@ def test_half_of_an_online_batch_is_old(pex):
     assert (batch.rewards < 0).sum() == 5000 and batch.rewards.max() == 99
 
 
+def test_every_preset_of_iql_has_its_networks_and_units_here(iql, pex):
+    """But locomotion's, whose rewards PEX's authors leave as they are. The new policy's std is
+    learnt where the old one's is constant."""
+    for preset in sorted({*iql.PRESETS} - {"mujoco"}):
+        made = []
+        for script in (iql, pex):
+            found = next(name for name in script.PRESETS if name in preset)
+            config = script.dataclasses.replace(script.Config(), **script.PRESETS[found])
+            start = partial(script.create_agent, config=config)
+            agent = jax.eval_shape(start, jax.random.PRNGKey(0), np.zeros((1, 3)), np.zeros((1, 2)))
+            parts = agent.actor.params, agent.critic.params, agent.value.params
+            units = config.normalize_returns, config.reward_scale, config.reward_shift
+            made.append((jax.tree.map(lambda x: x.shape, parts), units, config.log_std_range))
+        assert made[0] == made[1], preset
+    config = pex.dataclasses.replace(pex.Config(), **pex.PRESETS["ogbench"])
+    agent = pex.create_agent(jax.random.PRNGKey(0), np.zeros((1, 3)), np.zeros((1, 2)), config)
+    agent.new_actor.params["params"]["log_std"] = np.float32([-1.0, 1.0])
+    policy = agent.new_actor.apply_fn(agent.new_actor.params, np.zeros((1, 3)))
+    np.testing.assert_allclose(policy.stddev()[0], np.exp([-1, 1]), rtol=1e-6)
+    assert (agent.actor.apply_fn(agent.actor.params, np.zeros((1, 3))).stddev() == 1).all()
+
+
 def test_iqls_runs_go_on_with_its_policy_frozen(iql, pex, pendulum, tmp_path):
     flags = ["--dataset", pendulum, "--hidden-dims", "8", "--offline-steps", "40", "--interval",
              "40", "--batch-size", "16", "--eval-episodes", "2",
