@@ -11,8 +11,8 @@ epoch to epoch; by it are drawn what the models learn from and where their rollo
     dynamics  L_T  = sum_m E[ mean((mu_m - y)^2 / sigma_m^2 + log sigma_m^2) ], y = (s' - s, r)
     Eq. (2)   r~   = r - penalty * max_m |sigma_m(s, a)|, s' and r from one of the M models, drawn
               anew in each of `horizon` steps from a real state; a ~ pi(s)
-    Eq. (3)   Pr   = 1 of an online row, f(t) of one of the dataset
-    Eq. (4)   f(t) = 1 / (decay * t), t = 1, 2, ...: the epoch, of epoch_steps environment steps
+    Eq. (3)   Pr   = 1 of an online row, by Eq. (4) 1 / (decay * t) of one of the dataset,
+              t = 1, 2, ...: the epoch, of epoch_steps environment steps
     critic    L_Q  = E[ sum_i (r~ + discount * soft V(s') - Q_i(s, a))^2 ]; all else is sac.py's
 
     python algorithms/moore.py                                    # the dataset in this repository
@@ -463,7 +463,7 @@ def fitting_round(agents, buffers, run, first, last):
 
 
 def online_batch(dataset, buffer, size, key, config):
-    """Eqs. (3), (4): rows of the dataset and of the `size` newest, drawn by priority, for an update
+    """Eq. (3), (4): rows of the dataset and of the `size` newest, drawn by priority, for an update
     of the models (M * B, ...) and `utd_ratio` of the agent (U, B, ...); the share of new ones."""
     count, epoch = len(dataset.rewards), 1 + (size - 1) // config.epoch_steps
     weight = count / (config.decay * epoch)  # (), of all old rows; that of all new ones is `size`

@@ -601,7 +601,7 @@ def open_dataset(name):
     local, folder = minari.storage.get_dataset_path(name), HERE / "datasets" / name / "data"
     folder = folder if folder.exists() else local / "data"
     if not local.exists() and not folder.exists():
-        fail(f"{name}: not on this machine; `minari download {name}`")
+        fail(f"{name}: not on this machine; `minari download {name}`, or see collect.py --help")
     again = f"`minari download {name} --force`, or minari.download_dataset(id, force_download=True)"
     if not all((folder / file).is_file() for file in ("metadata.json", "main_data.hdf5")):
         words = f"{folder} has no metadata.json or no main_data.hdf5, an interrupted download?"

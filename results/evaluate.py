@@ -48,12 +48,8 @@ def config_of(module, said, folder, episodes):
     names = {field.name for field in dataclasses.fields(module.Config)}
     if missing := names - set(said):
         raise SystemExit(f"{folder}: of another {said['script']}.py (no {', '.join(missing)})")
-    values = {name: as_tuple(said[name]) for name in names}
+    values = {x: tuple(said[x]) if isinstance(said[x], list) else said[x] for x in names}
     return module.Config(**values | {"eval_episodes": episodes or said["eval_episodes"]})
-
-
-def as_tuple(value):
-    return tuple(map(as_tuple, value)) if isinstance(value, list) else value
 
 
 def restore_agents(module, config, source, folder):

@@ -110,7 +110,7 @@ def runs_of(name, record, records):
             "seed": int(seed), "points": points, "offline": offline,
             "final": [value for owner, value in values if owner == seed][-1],
             "steps": (int(updates), int(steps.get("online", 0))),
-            "rates": record.get("updates_per_second", {}),
+            "rates": record.get("updates_per_second", {}), "script": record["script"],
         }  # fmt: skip
         run |= dict.fromkeys(("early", "online", "lowest", "dip", "lost", "gain"))
         if online := [value for _, value in points["online"]]:
@@ -120,7 +120,7 @@ def runs_of(name, record, records):
             if min(far) <= end / 4:  # else no evaluation is near to a tenth of the steps
                 run["early"] = online[int(np.argmin(far))]
             run["gain"] = online[-1] - offline if offline is not None else None
-            if offline:  # who has nothing loses nothing
+            if (offline or 0) >= 10:  # who has next to nothing loses nothing
                 run["dip"] = max(0.0, offline - min(online))
                 run["lost"] = run["dip"] / offline
         yield run
@@ -172,6 +172,8 @@ def results_table(groups):
         steps = [f"{count:,}" for count in runs[0]["steps"]]
         cells = [show([run[key] for run in runs]) for key in keys]
         cells = ["-" if set(cell) <= set("- ·") else cell for cell in cells]
+        if runs[0]["online"] is not None and runs[0]["final"] != runs[0]["online"]:
+            cells[2] += f", retrained {show([run['final'] for run in runs])}"
         label = entry if profile == "cpu" else f"{entry} ({profile})"
         cells = [dataset, label, *steps, runs[0]["unit"], *cells]
         lines.append(f"| {' | '.join(cells)} |")
@@ -193,16 +195,17 @@ def comparable_table(groups):
 
 def front_table(groups, systems):
     """The one table: a row per system, a column per dataset, means over the seeds."""
-    lines = [f"| system | lines | updates/s | {' | '.join(WORLDS.values())} |", "|---" * 6 + "|"]
+    names = "system", "lines", "updates + steps", "updates/s online", *WORLDS.values()
+    lines, number = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"], EngFormatter(sep="")
     for entry in systems:
         found = [groups.get(("cpu", world, entry), []) for world in WORLDS]
         if not any(found):  # not run yet
             continue
-        path = next(path for path in scripts() if path.stem == entry.partition("-")[0])
-        rates = next((run["rates"] for runs in found for run in runs), {})
-        rate = rates.get("online", rates.get("offline", 0))
-        size, found = len(path.read_text().splitlines()), " | ".join(map(journey, found))
-        lines.append(f"| {entry} | {size} | {rate:.0f} | {found} |")
+        run = next(run for runs in found for run in runs)
+        size, budget = (ROOT / run["script"]).read_text().count("\n"), map(number, run["steps"])
+        rate = f"{run['rates']['online']:.0f}" if "online" in run["rates"] else "-"
+        cells = entry, str(size), " + ".join(budget), rate, *map(journey, found)
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) if lines[2:] else "Not run yet: `python results/sweep.py` makes them."
 
 
@@ -214,8 +217,9 @@ def journey(runs):
     keys = ["offline", "early", "online"] if runs[0]["online"] is not None else ["offline"]
     keys += ["final"] * (runs[0]["online"] is not None and runs[0]["final"] != runs[0]["online"])
     text = " → ".join(map(mean_of, [[run[key] for run in runs] for key in keys]))
-    text += f" (-{mean_of([run['dip'] for run in runs])})" * (len(keys) > 1)
-    return text.replace(" (--)", "") + f", {len(runs)} of 3 seeds" * (len(runs) < 3)
+    if any(run["dip"] is not None for run in runs):
+        text += f" (-{np.mean([run['dip'] or 0.0 for run in runs]):.0f})"
+    return text + f", {len(runs)} of 3 seeds" * (len(runs) < 3)
 
 
 def mean_of(values):
@@ -248,6 +252,7 @@ def verdict(one, other):
     more, less = min(one) > max(other), max(one) < min(other)
     enough = min(len(one), len(other)) > 2  # of two and two a third would be judged by chance
     word = "confirmed" if more and enough else "refuted" if less and enough else "open"
+    word += f" ({len(one)} and {len(other)} seeds)" * (not enough)
     return f"**{word}**: {show(one)}, against {show(other)}"
 
 
@@ -532,16 +537,14 @@ def generate(records, folder, figures):
         name = f"second-{profile}-{dataset}.png"
         plot_panels(f"{dataset} ({profile})", mine, figures / name)
         pictures.append(f"![{dataset}](figures/{name})")
-    values = plot_values(records, figures)
     ended = f"Runs that did not come to their end: {'; '.join(failed) if failed else 'none'}."
     written = {ROOT / "README.md": {
-        "comparable": comparable_table(groups), 
-        "table": front_table(groups, TABLES["systems"]),
+        "comparable": comparable_table(groups), "table": front_table(groups, TABLES["systems"]),
     }, HOME / "README.md": {
-        "comparable": comparable_table(groups), "claims": claims_table(groups), "values": values,
-        "variants": front_table(groups, TABLES["variants"]),
-        "runs": f"{results_table(groups)}\n\n" + "\n".join(pictures), "failures": ended,
-        "golden": golden_table(), "guide": guide(), "metrics": metrics_table(),
+        "comparable": comparable_table(groups), "claims": claims_table(groups),
+        "variants": front_table(groups, TABLES["variants"]), "failures": ended,
+        "runs": f"{results_table(groups)}\n\n" + "\n".join(pictures), "golden": golden_table(),
+        "values": plot_values(records, figures), "guide": guide(), "metrics": metrics_table(),
     }}  # fmt: skip
     texts = {HOME / "index.html": page(records, groups, failed)}
     for path, parts in written.items():

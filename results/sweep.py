@@ -400,6 +400,8 @@ def run_all(trials, arguments, runs):
         sys.exit("Ray is missing: pip install -r results/requirements.txt")
     gpu = arguments.profile == "gpu"
     options = {"include_dashboard": False, "log_to_driver": False, "logging_level": "ERROR"}
+    if not arguments.address and hasattr(os, "sched_getaffinity"):
+        options["num_cpus"] = len(os.sched_getaffinity(0))  # not those that SLURM keeps back
     try:
         ray.init(address=arguments.address or "local", **options)
     except Exception as error:  # no cluster there, or no token for it
@@ -465,7 +467,7 @@ def main():
     )
     add = parser.add_argument
     add("--profile", choices=["cpu", "gpu"], default="cpu")
-    add("--only", default="", help="trials whose name contains this text")
+    add("--only", default="", help="trials with this in their name, and what they start from")
     add("--matrix", type=Path, default=ROOT / "results" / "matrix.toml")
     add("--runs", type=Path, default=ROOT / "runs" / "sweep", help="run folders")
     add("--records", type=Path, default=ROOT / "results" / "records" / "second")
@@ -476,10 +478,11 @@ def main():
     arguments = parser.parse_args()
     runs = arguments.runs.resolve()
     trials = read_matrix(arguments.matrix, arguments.profile)
-    trials = [trial for trial in trials if arguments.only in trial.name]
+    named = [trial for trial in trials if arguments.only in trial.name]
+    trials = [x for x in trials if x in named or x.name in {trial.after for trial in named}]
     if arguments.list:
         for i, trial in enumerate(trials):
-            command = shlex.join(["python", *trial.command(trial.after)])
+            command = shlex.join(["python", *trial.command(str(runs / trial.after))])
             print(i, trial.name, outcome(trial, runs) or "", command, sep="\t")
         return 0
     if arguments.trial is None:

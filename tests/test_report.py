@@ -98,12 +98,16 @@ def test_what_the_tables_say_of_a_run(report):
     more = [(phase, step, value + 2) for phase, step, value in rows]
     groups = report.group_runs({name: record, name[:-1] + "1": made("iql", more, seed=1)})
     (row,) = report.results_table(groups).splitlines()[2:]
-    assert row == ("| hopper | iql | 4 | 5 | score | 60.0 · 62.0 | 40.0 · 42.0 | 90.0 · 92.0 | "
-                   "20.0 · 22.0 |")  # fmt: skip
+    assert row == ("| hopper | iql | 4 | 5 | score | 60.0 · 62.0 | 40.0 · 42.0 | 90.0 · 92.0, "
+                   "retrained 95.0 · 97.0 | 20.0 · 22.0 |")  # fmt: skip
     (row,) = report.front_table(groups, ["iql", "cql"]).splitlines()[2:]
     assert row.endswith("| 200 | 61 → 41 → 91 → 96 (-40), 2 of 3 seeds | - | - |")
     early = [(*row[:1], 0.2 * row[1], row[2]) if row[:2] == ("online", 10) else row for row in rows]
     assert next(report.runs_of(name, made("iql", early), {}))["early"] is None  # none is near
+    little = [("offline", 4, 8), ("online", 10, 2), ("online", 100, 8)]  # nothing to lose, either
+    both = {name: record, name[:-1] + "1": made("iql", little, seed=1)}
+    (row,) = report.front_table(report.group_runs(both), ["iql"]).splitlines()[2:]
+    assert "| 34 → 21 → 49 → 52 (-20), 2 of 3 seeds |" in row
     nothing = [("offline", 4, 0), ("online", 100, 0)]
     (run,) = report.runs_of(name, made("iql", nothing), {})
     assert (
@@ -120,7 +124,7 @@ def test_a_claim_is_judged_by_every_seed(report):
     )
     assert report.verdict([1, 4, 2], [5, 6, 7]).startswith("**refuted**")
     assert report.verdict([1, 5, 5], [4, 6, 6]).startswith("**open**")
-    assert report.verdict([5, 6], [1, 4]).startswith("**open**")  # too few to say
+    assert report.verdict([5, 6], [1, 4]).startswith("**open (2 and 2 seeds)**")  # too few to say
     assert report.verdict([1], []) == "-"
     assert report.front_table({}, report.TABLES["systems"]).startswith("Not run yet")
     entries = {*report.TABLES["systems"], *report.TABLES["variants"]}

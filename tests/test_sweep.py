@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import tyro
-from conftest import ROOT, load_script
+from conftest import ROOT, load_script, run_script
 
 pytest.importorskip("ray", reason="pip install -r results/requirements.txt")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc")
@@ -268,6 +268,14 @@ def test_every_run_of_the_matrix_is_one_that_its_script_takes(profile):
             module, arguments = modules[trial.script], trial.command("folder")[1:]
             config = tyro.cli(module.Config, args=arguments)
             assert config.preset in ("auto", *module.PRESETS), shlex.join(arguments)
+
+
+def test_only_takes_along_what_its_trials_start_from():
+    """And the commands that are listed name the folders that the runs have."""
+    _, out, _ = run_script("results/sweep.py", "--only", "pex/hopper/seed1", "--list")
+    before, after = [line.split("\t") for line in out.splitlines()]
+    assert [before[1], after[1]] == ["iql-offline/hopper/seed1", "pex/hopper/seed1"]
+    assert f"--init-from {ROOT}/runs/sweep/{before[1]} " in after[3]
 
 
 def test_trials_at_the_same_time_have_a_core_each(tmp_path, monkeypatch):
