@@ -19,18 +19,19 @@ it disagrees, which is where there is something to learn.
     python algorithms/enoto.py                                    # the dataset in this repository
     python algorithms/enoto.py --dataset mujoco/hopper/medium-v0  # any Minari dataset here
 
-There is no official code. Known are the paper's abstract and what others say of its body:
- 1. "By increasing the number of Q-networks, we seamlessly bridge offline pre-training and online
-    fine-tuning"; "we appropriately loosen the pessimism of Q-value estimation and incorporate
-    ensemble-based exploration mechanisms" (abstract). Pre-trained are CQL and LAPO (summaries).
- 2. Of five targets the weighted pair minimum was the most stable, of three kinds of exploration
-    SUNRISE's was the best (a student's notes; the sum over sorted values is derived here).
+There is no official code. Known are the abstract, Algorithm 1, and figures 2 to 4 in the notes of a
+student (github.com/Hanzawa-Jeb/RL-Workspace):
+ 1. Algorithm 1: train OfflineRL-N; remove its pessimistic term, if possible; the target becomes the
+    weighted pair minimum; "introducing SUNRISE to encourage exploration".
+ 2. Of five targets that one was the most stable, of three ways to explore SUNRISE's the best, both
+    on MuJoCo, in 250,000 steps (figures 3, 4). The sum over sorted values is derived here.
 Ours, for want of a word on it, is the rest:
- 3. N = 10; pi ascends the minimum of all in both phases; optimism 1; 10 candidates of one policy,
-    where SUNRISE has one each of N policies; no weights in L_Q, which SUNRISE has, too.
- 4. Online, after 1,000 frozen but optimistic steps, one update per step, half of a batch from the
-    dataset, all weights and optimisers kept. Rounds begin with fresh episodes, the last are cut.
- 5. All settings, cql.py's with its deviations; in mazes, too, where the paper builds on LAPO.
+ 3. N = 10; pi ascends the minimum of all in both phases. Of SUNRISE the optimistic choice, among 10
+    actions of one policy (there one of each of N), not its weights in L_Q; optimism 1.
+ 4. V(s') is CQL's, without the policy's entropy, online, too, where SAC-N has it.
+ 5. Online, after 1,000 frozen but optimistic steps, one update per step, half of a batch (kitchen:
+    a quarter) from the dataset; all weights and optimisers stay. Rounds begin with fresh episodes,
+    the last ones are cut. Settings are cql.py's; in mazes, too, where the paper builds on LAPO.
 """
 
 # /// script
@@ -133,7 +134,7 @@ METRICS = {  # the algorithm's own columns of metrics.csv, with their healthy ra
     "difference": "soft maximum of Q minus Q of the data; offline; falls",
     "multiplier": "of the difference (1 without --lagrange); rises while it is above target_gap",
     "q": "mean Q of the batch; below the discounted return, never far above",
-    "disagreement": "standard deviation of Q over the critics; shrinks where there are data",
+    "disagreement": "standard deviation of Q over the critics; grows with q, but more slowly",
     "actor_loss": "temperature * log pi - Q; falls as q rises",
     "entropy": "-log pi of the policy's own actions (nats); settles at the target entropy",
     "temperature": "price of a nat of entropy; from 1 to where the entropy is at its target",
@@ -293,7 +294,7 @@ def conservative_difference(params, agent, batch, data_q, key, config):
 
 def weighted_pair_minimum(q):
     """The mean over all pairs of N values (N, ...) of the smaller one, without the pairs: the i-th
-    smallest of all is that in N - i of N (N - 1) / 2."""
+    smallest is the smaller one in N - i of the N (N - 1) / 2 pairs."""
     count = len(q)
     weights = (count - 1 - jnp.arange(count)) * 2 / (count * (count - 1))  # (N,)
     return jnp.tensordot(weights, jnp.sort(q, axis=0), axes=1)  # (...)
@@ -360,12 +361,12 @@ def update(agent, batch, config, critic_loss=offline_critic_loss):
 
 
 def online_update(agent, batch, config):
-    """SAC's: the difference is dropped, the critics stay."""
+    """cql.py's without the difference; the critics stay."""
     return update(agent, batch, config, critic_loss)
 
 
 def explore(agent, observation, key, config):
-    """Of the policy's actions in one observation (O,) that (A,) which may be the best."""
+    """Of the policy's actions in one observation (O,) the most promising one (A,)."""
     observations = observation[None]  # (1, O)
     actions, _ = policy_actions(agent, observations, key, config.candidates)  # (M, 1, A)
     q = q_values(agent, agent.critic.params, observations, actions)[..., 0]  # (N, M)
@@ -382,6 +383,8 @@ def act(agent, observations, config):
 # ------------------------------------------------------------------------------- Offline to online
 def phases(config):
     """The run, phase by phase: name, number of steps, and what one round of them does."""
+    if config.num_critics < 2:
+        raise SystemExit("--num-critics: at least 2, for there must be a pair")
     yield "offline", config.offline_steps, partial(offline_round, update=update)
     train = partial(online_round, update=online_update, warmup=config.warmup_steps)
     yield "online", config.online_steps, train

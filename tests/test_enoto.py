@@ -113,3 +113,8 @@ def test_an_agent_of_cql_goes_on(enoto, cql, pendulum, tmp_path):
     assert arrays["agents/critic/step"][0] == 40 + 30
     rows, before = (read_metrics(tmp_path / name) for name in ("run", "cql"))
     assert rows[0]["return"] == before[-1]["return"] and float(rows[-1]["disagreement"]) > 0
+
+
+def test_one_critic_is_no_pair(enoto):
+    with pytest.raises(SystemExit, match="--num-critics: at least 2"):
+        list(enoto.phases(enoto.Config(num_critics=1)))
