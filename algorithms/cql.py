@@ -14,8 +14,7 @@ and up on the actions of the data. Online the same losses go on, half of a batch
     L_pi    = E[ temperature * log pi(a | s) - min_i Q_i(s, a) ], a ~ pi(s)
     L_alpha = -temperature * E[ log pi(a | s) + target_entropy ]
 
-    python algorithms/cql.py                                    # the dataset in this repository
-    python algorithms/cql.py --dataset mujoco/hopper/medium-v0  # any Minari dataset on this machine
+    python algorithms/cql.py  # on the repository's data, or: --dataset mujoco/hopper/medium-v0
 
 Deviations from the code of Cal-QL's authors (JaxCQL's; the first release takes max_j, then min_i):
  1. The temperature's loss is linear in it, not in its logarithm; output layers start like hidden
@@ -111,11 +110,12 @@ THREE_LAYERS = dict(hidden_dims=(256,) * 3, critic_hidden_dims=(256,) * 3)
 MUJOCO_CQL = dict(cql_alpha=10.0, policy_learning_rate=3e-5, normalize_observations=True)
 MAZE = dict(lagrange=True, backup_actions=10, critic_hidden_dims=(256,) * 4, return_rule="infinite")
 MAZE |= dict(reward_scale=10.0, reward_shift=-5.0, eval_episodes=100, interval=50_000)
-KITCHEN = dict(importance_sampling=False, backup_actions=10, return_rule="infinite")
-KITCHEN |= dict(hidden_dims=(512,) * 3, critic_hidden_dims=(512,) * 3, offline_ratio=0.25)
+WIDE = dict(hidden_dims=(512,) * 3, critic_hidden_dims=(512,) * 3, return_rule="infinite")
+OGBENCH = MAZE | dict(lagrange=False, cql_alpha=0.01, reward_shift=0.0, hidden_dims=(256,) * 4)
+KITCHEN = WIDE | dict(importance_sampling=False, backup_actions=10, offline_ratio=0.25)
 PRESETS = {  # auto: the first whose name is in the dataset's or the environment's, else mujoco
     "sac-medium-replay": MUJOCO_CQL | dict(offline_steps=10**4, online_steps=10**4, interval=2000),
-    "ogbench": MAZE | dict(lagrange=False, cql_alpha=0.01, reward_shift=0.0, eval_episodes=50),
+    "ogbench": OGBENCH | dict(eval_episodes=50),
     "maze": MAZE,  # antmaze, pointmaze
     "kitchen": KITCHEN | dict(offline_steps=500_000, online_steps=1_500_000),
     "adroit": THREE_LAYERS | dict(cql_alpha=1.0, backup_actions=10, difference_range=(-200.0, 1e9)),

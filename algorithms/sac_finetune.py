@@ -26,9 +26,8 @@ its difference is dropped, and --mode says how the collapse is met:
 
 Deviations from the authors' code (github.com/zhouzypaul/wsrl, github.com/QinwenLuo/OCR-CFT):
  1. --mode wsrl alone is WSRL's schedule on plain networks, so that all modes can start from one
-    agent; presets *-wsrl add its ensemble, random pair in the target, LayerNorm, and a rate: its
-    update calls Adam with a zero gradient for what is not updated, so that its policy moves about
-    twice as far (sqrt 5) as its rate of 1e-4 says: hence 2.2e-4.
+    agent; presets *-wsrl add its ensemble, random pair in the target, LayerNorm, and a rate of
+    2.2e-4: its calls of Adam with zero gradients move the policy sqrt 5 times as far as 1e-4 says.
  2. Its critics share one output layer (only the hidden layers are an ensemble); ours have heads of
     their own. Our pair is drawn without replacement, and not for the difference; the policy's std
     depends on the state in antmaze, too, its log with a learnt scale and shift. The temperature is
@@ -136,9 +135,10 @@ MUJOCO_CQL = dict(cql_alpha=10.0, policy_learning_rate=3e-5, normalize_observati
 MAZE = dict(lagrange=True, backup_actions=10, online_backup_actions=10, reward_scale=10.0)
 MAZE |= dict(reward_shift=-5.0, critic_hidden_dims=(256,) * 4, eval_episodes=100, interval=50_000)
 WIDE = dict(hidden_dims=(512,) * 3, critic_hidden_dims=(512,) * 3)
+OGBENCH = MAZE | dict(lagrange=False, cql_alpha=0.01, reward_shift=0.0, hidden_dims=(256,) * 4)
 PRESETS = {  # auto: the first whose name is in the dataset's or the environment's, else mujoco
     "sac-medium-replay": MUJOCO_CQL | dict(offline_steps=10**4, online_steps=10**4, interval=2000),
-    "ogbench": MAZE | dict(lagrange=False, cql_alpha=0.01, reward_shift=0.0, eval_episodes=50),
+    "ogbench": OGBENCH | dict(eval_episodes=50),
     "maze": MAZE,  # antmaze, pointmaze
     "kitchen": WIDE | dict(importance_sampling=False, backup_actions=10, offline_steps=500_000),
     "adroit": THREE_LAYERS | dict(cql_alpha=1.0, backup_actions=10, difference_range=(-200.0, 1e9)),

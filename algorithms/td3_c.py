@@ -120,7 +120,7 @@ class Config:
 
 PRESETS = {  # auto: the first whose name is in the dataset's or the environment's, else mujoco
     "sac-medium-replay": dict(offline_steps=50_000, online_steps=20_000, interval=5_000),
-    "ogbench": dict(eval_episodes=50, interval=50_000),
+    "ogbench": dict(hidden_dims=(512,) * 4, eval_episodes=50, interval=50_000),
     "maze": dict(reward_shift=-1.0, online_steps=300_000, eval_episodes=100, interval=50_000),
     "mujoco": dict(),
 }
