@@ -55,6 +55,21 @@ def test_rows_are_drawn_in_proportion_to_their_priorities(off2on):
     assert np.abs(count - expected).max() < 5 * np.sqrt(expected.max())
 
 
+def test_the_uppermost_draw_is_a_row_that_is_there(off2on, monkeypatch):
+    """Where the sum of the blocks, rounded, lies above the rows, as in 10 of these 200 buffers."""
+    largest = lambda key, shape: jnp.full(shape, 1 - 2**-24)  # noqa: E731
+    monkeypatch.setattr(jax.random, "uniform", largest)
+    draw = jax.jit(partial(off2on.online_batch, config=off2on.Config(batch_size=64)))
+    old, new = batch_of(off2on, 0, size=5000), batch_of(off2on, 1, size=15_000)
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        count = rng.integers(10_000, 19_000)
+        priorities = np.append(rng.uniform(0.001, 3, count), np.zeros(20_000 - count))
+        blocks = np.float32(priorities).reshape(20, 1000)
+        _, rows = draw(old, (new, blocks), count - 5000, jax.random.PRNGKey(0))
+        assert rows.max() < count, seed
+
+
 def test_the_first_batch_has_its_share_of_new_rows(off2on):
     config = off2on.Config(batch_size=256, warmup_steps=50, new_share=0.7)
     old, new = batch_of(off2on, 0, size=1234), batch_of(off2on, 1, size=80)
