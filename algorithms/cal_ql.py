@@ -18,7 +18,7 @@ Deviations from the authors' code (github.com/nakamotoo/Cal-QL):
  2. Online, after 1,000 steps of the frozen policy, every step has one update, not every episode as
     many as its steps; the return of an episode in play is unknown and bounds nothing. Rounds begin
     with fresh episodes; the last are cut off as by a time limit, and so are their returns.
- 3. Locomotion and dense Adroit have CORL's settings of CQL (there calibration ends at the switch),
+ 3. Locomotion (rewards raw) and dense Adroit have CORL's CQL settings (it calibrates offline only),
     OGBench FQL's authors'; Kitchen goes on after its fourth subtask, raw rewards. PointMaze: ours.
  4. Minari's antmaze goes on at the goal: values tend to 500 where the authors' end at 5, returns by
     the rule "infinite", too; the bound is slack. `collect.py goals` ends episodes there.
@@ -89,7 +89,7 @@ class Config:
     offline_ratio: float = 0.5  # of every online batch, from the dataset
     # SAC and CQL
     num_critics: int = 2  # Q-functions; the minimum counts
-    target_critics: int = 2  # so many of them, drawn anew, in every target
+    target_critics: int = 2  # so many of them, drawn anew per micro-batch, in its targets
     layer_norm: bool = False  # in critics and policy
     entropy_per_action: float = -1.0  # target entropy (nats) per action dimension
     cql_alpha: float = 5.0  # weight of the difference
@@ -101,7 +101,7 @@ class Config:
     importance_sampling: bool = True  # no: the data's action joins the sampled ones, unweighted
     difference_range: tuple[float, float] = (-1e9, 1e9)  # a row's difference is clipped to it
     return_rule: Literal["finite", "infinite", "sparse"] = "finite"  # see monte_carlo_returns
-    failure_reward: float = 0.0  # of a step without success, in the environment's units
+    failure_reward: float = 0.0  # of a failed step, environment's units (config.json: agent's)
 
 
 THREE_LAYERS = dict(hidden_dims=(256,) * 3, critic_hidden_dims=(256,) * 3)

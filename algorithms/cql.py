@@ -16,14 +16,14 @@ and up on the actions of the data. Online the same losses go on, half of a batch
 
     python algorithms/cql.py  # on the repository's data, or: --dataset mujoco/hopper/medium-v0
 
-Deviations from the code of Cal-QL's authors (JaxCQL's; the first release takes max_j, then min_i):
+Deviations from Cal-QL's authors' code (JaxCQL's; CQL's own takes max_j, then min_i):
  1. The temperature's loss is linear in it, not in its logarithm; output layers start like hidden
     ones, not with 1e-2; last rows of cut episodes stay; two layers in the short run, not three.
  2. Online, after 1,000 frozen steps, every step has an update (theirs: episodes). Rounds begin with
     fresh episodes; the last ones, and so their returns, are cut off as by a time limit.
- 3. Locomotion and D4RL's dense Adroit follow CORL, but for its one buffer of old and new; PointMaze
+ 3. Locomotion (but raw rewards) and dense Adroit follow CORL, except in its one buffer; PointMaze
     and OGBench are ours. Kitchen goes on after four subtasks, Minari's antmaze at the goal: values
-    tend to 500, the authors' end at 5 (as with collect.py goals). D is not clipped there, at -200.
+    tend to 500, the authors' end at 5 (as with collect.py goals). CORL also clips D there, at -200.
 """
 
 # /// script
@@ -91,7 +91,7 @@ class Config:
     offline_ratio: float = 0.5  # of every online batch, from the dataset
     # SAC and CQL
     num_critics: int = 2  # Q-functions; the minimum counts
-    target_critics: int = 2  # so many of them, drawn anew, in every target
+    target_critics: int = 2  # so many of them, drawn anew per micro-batch, in its targets
     layer_norm: bool = False  # in critics and policy
     entropy_per_action: float = -1.0  # target entropy (nats) per action dimension
     cql_alpha: float = 5.0  # weight of the difference
@@ -103,7 +103,7 @@ class Config:
     importance_sampling: bool = True  # no: the data's action joins the sampled ones, unweighted
     difference_range: tuple[float, float] = (-1e9, 1e9)  # a row's difference is clipped to it
     return_rule: Literal["finite", "infinite", "sparse"] = "finite"  # see monte_carlo_returns
-    failure_reward: float = 0.0  # of a step without success, in the environment's units
+    failure_reward: float = 0.0  # of a failed step, environment's units (config.json: agent's)
 
 
 THREE_LAYERS = dict(hidden_dims=(256,) * 3, critic_hidden_dims=(256,) * 3)

@@ -134,7 +134,7 @@ class Config:
     offline_ratio: float = 0.5  # of a critic's online batch
     expectile: float = 0.7  # of V, with --critic iql
     return_rule: Literal["finite", "infinite", "sparse"] = "finite"  # see monte_carlo_returns
-    failure_reward: float = 0.0  # of a step without success, in the environment's units
+    failure_reward: float = 0.0  # of a failed step, environment's units (config.json: agent's)
 
 
 POLICY_SETTINGS = {  # what a class of policy has where nothing else is given

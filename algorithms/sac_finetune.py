@@ -22,12 +22,12 @@ its difference is dropped, and --mode says how the collapse is met:
     python algorithms/sac_finetune.py --mode conservative           # pre-trains with CQL first
     python algorithms/sac_finetune.py --mode naive --init-from RUN  # of cql.py or cal_ql.py
     python algorithms/cql.py --num-critics 10 --layer-norm --run-dir RUN  # and then WSRL's own form
-    python algorithms/sac_finetune.py --preset mujoco-wsrl --init-from RUN
+    python algorithms/sac_finetune.py --preset sac-medium-replay-wsrl --init-from RUN
 
 Deviations from the authors' code (github.com/zhouzypaul/wsrl, github.com/QinwenLuo/OCR-CFT):
  1. --mode wsrl alone is WSRL's schedule on plain networks, so that all modes can start from one
-    agent; presets *-wsrl add its ensemble, random pair in the target, LayerNorm, and a rate of
-    2.2e-4: its calls of Adam with zero gradients move the policy sqrt 5 times as far as 1e-4 says.
+    agent; presets *-wsrl add its ensemble, its target's random pair and LayerNorm to cql.py's, and
+    2.2e-4 for 1e-4, offline too: online its Adam, fed zero gradients, moves pi sqrt 5 times as far.
  2. Its critics share one output layer (only the hidden layers are an ensemble); ours have heads of
     their own. Our pair is drawn without replacement, and not for the difference; the policy's std
     depends on the state in antmaze, too, its log with a learnt scale and shift. The temperature is
@@ -38,7 +38,7 @@ Deviations from the authors' code (github.com/zhouzypaul/wsrl, github.com/Qinwen
     begin with fresh episodes; the last are cut off as by a time limit. cql.py's hold, too.
  4. The conservative mode is a reconstruction. From OCR-CFT are the limit's line and a multiplier,
     not its loss, reconstruction and alignment of the critic, penalty in the target, 10 updates per
-    step, multiplier's rate (in its TD3 5e-5) or reference, the best policy so far (--reference
+    step, multiplier's rate (5e-5) or reference, the best policy so far (--reference
     average wants both limits near 0.004). The multiplier stays in 1e-3 ... 100; the temperature is
     held, for the bound may not let the entropy reach its target.
 """
@@ -108,7 +108,7 @@ class Config:
     offline_ratio: float | None = None  # of every online batch, from the dataset; see MODES
     # SAC and CQL
     num_critics: int = 2  # Q-functions; the minimum counts
-    target_critics: int = 2  # so many of them, drawn anew, in every target
+    target_critics: int = 2  # so many of them, drawn anew per micro-batch, in its targets
     layer_norm: bool = False  # in critics and policy
     entropy_per_action: float = -1.0  # target entropy (nats) per action dimension
     cql_alpha: float = 5.0  # weight of the difference
@@ -159,8 +159,8 @@ METRICS = {  # the algorithm's own columns of metrics.csv, with their healthy ra
     "multiplier": "of the difference (1 without --lagrange); rises while it is above target_gap",
     "q": "mean Q of the batch; below the discounted return, never far above",
     "actor_loss": "temperature * log pi - Q; falls as q rises",
-    "entropy": "-log pi of the policy's own actions (nats); settles at the target entropy",
-    "temperature": "price of a nat of entropy; from 1 to where the entropy is at its target",
+    "entropy": "-log pi of its own actions (nats); to its target, but in the conservative mode",
+    "temperature": "price of a nat of entropy; held online in the conservative mode",
     "kl": "of the policy from its reference (nats), conservative mode; at most about the limit",
     "kl_multiplier": "price of a nat of it; rises while it is above the limit",
     "offline_q": "online: mean Q of dataset rows; may drift where they are no longer replayed",

@@ -16,7 +16,8 @@ the entropy settles at a target.
 
 Deviations from the paper's code (github.com/rail-berkeley/softlearning, its last commit, 13cf187):
  1. The actions of the first `warmup_steps` are uniform, and no update is made before their end.
- 2. Orthogonal initialisation, as in jaxrl; the critics' squared errors are summed, not halved.
+ 2. Orthogonal initialisation and std = exp(clipped), as in jaxrl, not softplus; the critics'
+    squared errors are summed, not halved; the temperature sees the actor loss's own actions.
  3. The policy ascends the minimum of the Qs, as in the paper; theirs their mean.
  4. Rounds begin with fresh episodes, the last ones are cut off, as by a time limit.
 """

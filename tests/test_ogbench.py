@@ -240,3 +240,21 @@ def test_ogbench_refusals(collect, capsys):
     with pytest.raises(SystemExit):
         collect.main(["ogbench", "scene", "--processes", "-1"])
     assert "--processes -1: must be in" in capsys.readouterr().err
+
+
+def test_agents_of_the_family_go_on_in_each_other(cql, cal_ql, sac_finetune):
+    """--init-from wants the same networks and units under every preset; the -wsrl ones those of
+    cql.py with ten critics and LayerNorm."""
+
+    def made(script, preset, **more):
+        config = script.dataclasses.replace(script.Config(), **script.PRESETS[preset] | more)
+        start = partial(script.create_agent, config=config)
+        agent = jax.eval_shape(start, jax.random.PRNGKey(0), np.zeros((1, 3)), np.zeros((1, 2)))
+        shapes = jax.tree.map(lambda x: x.shape, (agent.actor.params, agent.critic.params))
+        names = "normalize_observations", "normalize_returns", "reward_scale", "reward_shift"
+        return shapes, [getattr(config, name) for name in names]
+
+    for preset in cql.PRESETS:
+        assert made(cql, preset) == made(cal_ql, preset) == made(sac_finetune, preset), preset
+        wide = made(cql, preset, num_critics=10, layer_norm=True)
+        assert wide == made(sac_finetune, f"{preset}-wsrl"), preset
