@@ -561,9 +561,6 @@ def load_dataset(config, data, env):
             high = np.ones_like(high)  # the data use this part of the box
         returns = np.add.reduceat(rows.rewards, np.flatnonzero(np.append(1, rows.ends[:-1])))
         print(f"{config.dataset}: {len(rows.ends):,} steps, mean return {returns.mean():.1f}")
-    finite = all(np.isfinite(x).all() for x in jax.tree.leaves(rows))
-    if not finite or rows.observations.shape[1] != zeros.shape[1]:
-        raise SystemExit(f"{config.dataset}: bad rows, baselines/collect.py check says which")
     scale = config.reward_scale * (1000 / np.ptp(returns) if config.normalize_returns else 1)
     units = {"observations": (1.0, 0.0), "rewards": (scale, config.reward_shift), "actions": high}
     if data and config.normalize_observations:
@@ -575,6 +572,9 @@ def load_dataset(config, data, env):
         rewards=rescale(rows.rewards, *units["rewards"]),
         next_observations=rescale(rows.next_observations, *units["observations"]),
     )
+    finite = all(np.isfinite(x).all() for x in jax.tree.leaves(rows))
+    if not finite or rows.observations.shape[1] != zeros.shape[1]:
+        raise SystemExit(f"{config.dataset}: bad rows, baselines/collect.py check says which")
     return rows, {
         "environment": env.spec.to_json(),
         "units": jax.tree.map(lambda x: np.asarray(x).tolist(), units),
@@ -622,11 +622,12 @@ def evaluate(agents, envs, source, config, first):
     """Mean return and score (S,) of the `first` and the next episodes, always the same."""
     shape = config.num_seeds, envs.num_envs // config.num_seeds
     seeds = [10_000 * (config.seed + i) + first + episode for i, episode in np.ndindex(*shape)]
-    (observations, _), (returns, reached) = envs.reset(seed=seeds), np.full((2, len(seeds)), np.nan)
-    while np.isnan(returns).any():
+    np.random.seed(seeds)  # OGBench's mazes draw their starts from this generator
+    (observations, _), (returns, reached) = envs.reset(seed=seeds), np.full((2, len(seeds)), np.inf)
+    while np.isinf(returns).any():
         actions = np.asarray(act_all(agents, observations.reshape(*shape, -1), config))
         observations, _, terminated, truncated, info = envs.step(actions.reshape(len(seeds), -1))
-        for i in np.flatnonzero((terminated | truncated) & np.isnan(returns)):
+        for i in np.flatnonzero((terminated | truncated) & np.isinf(returns)):
             returns[i] = info["final_info"]["episode"]["r"][i]
             reached[i] = terminated[i] or returns[i] > 0
     low, high = (np.nan if x is None else x for x in source["reference"])
@@ -638,13 +639,12 @@ def evaluate(agents, envs, source, config, first):
 def named_arrays(**trees):
     """{path/of/leaf: NumPy array}."""
     leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(trees))
-    name = partial(jax.tree_util.keystr, simple=True, separator="/")
-    return {name(path): np.asarray(leaf) for path, leaf in leaves}
+    return {jax.tree_util.keystr(at, simple=True, separator="/"): np.asarray(x) for at, x in leaves}
 
 
 def save(folder, arrays, meta):
     """metrics.csv, then checkpoint.npz: a kill at any moment leaves the old one or the new one."""
-    temporary = folder / f"checkpoint.{os.getpid()}.tmp"
+    temporary = folder / f"checkpoint.{os.urandom(4).hex()}.tmp"
     names = ("phase", "step", "seed", *METRICS, "return", "score", "updates_per_second", "seconds")
     try:
         with open(folder / "metrics.csv", "w") as file:
@@ -680,8 +680,7 @@ def restore(template, arrays, folder):
 
 
 def parse_config(arguments):
-    """Command line -> Config (flags before preset before defaults), Minari dataset (or None) and
-    environment: --env-id's, else the dataset's for evaluation, which is trained in, too."""
+    """Command line -> Config (flags before preset before defaults), Minari dataset, environment."""
     parse = partial(tyro.cli, Config, args=arguments, description=__doc__)
     config, data = parse(), None
     at = Path(__file__).resolve().parents[1] / "baselines/datasets" / config.dataset / "data"
@@ -749,6 +748,7 @@ def main(arguments=None):
     eval_envs = make([partial(make_env, source)] * config.num_seeds * min(10, config.eval_episodes))
     run = config, jax.device_put(dataset), make([partial(make_env, source)] * config.num_seeds), bar
     for number, (phase, train, first, last) in enumerate(rounds[done:], done + 1):
+        np.random.seed([config.seed, number])  # as in evaluate
         begin = time.time()
         state["agents"], state["buffers"], info = train(*state.values(), run, first, last)
         seconds, arrays = time.time() - begin, named_arrays(**state)
@@ -764,7 +764,7 @@ def main(arguments=None):
             rows.append(row | {"updates_per_second": f"{speed:.1f}"} | values)
         save(folder, arrays, {"config": said, "done": number, "rows": rows})
         means = {name: float(np.mean(x)) for name, x in info.items() if np.isfinite(x).all()}
-        shown = "  ".join(f"{name} {x:.1f}" for name, x in means.items() if name in "return score")
+        shown = "  ".join(f"{x} {means[x]:.1f}" for x in ("return", "score") if x in means)
         tqdm.write(f"{phase:8} {last:>9,}  {shown}")
         if config.wandb:
             wandb.log({f"{phase}/{name}": x for name, x in means.items()} | {"step": last})

@@ -10,7 +10,7 @@ several samples are kept (globally) and climb Q (locally). The policy imitates t
     local step   a'      = clip(a + ascent_rate * grad_a mean_i Q_i(s, a)), ascent_steps times for
                  each a in A_k(s); of all its positions the best by mean_i Q_i stays
     select       pi*(a | s) = softmax of mean_i Q_i(s, a') over the actions a', or the best one
-    actor        L_pi    = E[ the policy's own loss of a* ~ pi*(s) ], a for the worst of A_k(s)
+    actor        L_pi    = E[ the policy's own loss of a* ~ pi*(s) ], a in place of A_k(s)'s worst
     critic       L_Q     = E[ error(Q_i(s, a), r + discount * max_j min_n Qtarget_n(s', a*_j)) ]
                  + cql_alpha * D, a*_j ~ pi*(s'), over all i; n: a random pair of critics
     value error  error(Q, y) = (Q - y)^2, or the cross-entropy of Q's histogram (HL-Gauss)
@@ -26,19 +26,19 @@ every episode as many distillations and then critic updates follow as it had ste
 
 Deviations from the authors' code (github.com/MaxSobolMark/PolicyAgnosticRL):
  1. Targets draw from the softmax, the paper's pi*; the release takes the best action
-    (--target-selection argmax), and optimises thrice per batch, not once. In kitchen one flag of
+    (--target-selection argmax) and optimises s' twice, for target and D. In kitchen one flag of
     the release rules acting and evaluation; here episodes draw and evaluation is greedy.
  2. Masks are the data's, not read off rewards: they differ where success ends no episode (kitchen,
-    D4RL's mazes). Failed online episodes return endless failure, as in Cal-QL, not a finite sum.
+    D4RL's mazes). Mazes' cut episodes repeat their last reward for ever; there failed data's do.
  3. Critics share no output layer. Beyond a histogram's range its nearest end is the target. All
-    critics count if there are no more than are drawn (with replacement). Only their outputs and V's
-    begin with 1e-2; in the release also policies', and the layer before, which LayerNorm rescales.
+    critics count if there are no more than are drawn (with replacement). Q's and V's outputs begin
+    with 1e-2 (there Q's and the layer before), diffusion's time and the transformer as Flax's.
  4. Tokens are sampled with fresh noise per dimension and without dropout. Evaluation's noise comes
     from the observations. Until the critic has learnt, the policy itself acts, and imitates data.
  5. Online time is counted in environment steps. Rounds begin with fresh episodes; the last ones are
     cut off, as by a time limit, and learnt from like finished ones.
- 6. With --critic iql, whose release does not run, V has no LayerNorm and learns before Q from a
-    random pair of critics. RLPD's critic, images and OpenVLA are not here.
+ 6. With --critic iql, whose release does not run, V has ReLUs, no LayerNorm, and learns before Q
+    from a random pair of critics. RLPD's critic, images and OpenVLA are not here.
  7. Ours: the Gaussian's settings, default run, presets of PointMaze, OGBench, Adroit, MuJoCo (the
     last two with a scalar Q: no bound is known); kitchen's online rate, diffusion's, is for all.
 """
@@ -128,9 +128,9 @@ class Config:
     num_critics: int = 10  # Q-functions
     target_critics: int = 2  # of them, drawn anew for every target: their minimum counts
     value_bins: int = 0  # of the histogram that stands for Q; 0: a scalar and squared errors
-    value_range: tuple[float, float] = (-100.0, 0.0)  # of the histogram
+    value_range: tuple[float, float] = (-100.0, 0.0)  # of it: extreme rewards / (1 - discount)
     cql_alpha: float = 0.005  # weight of the difference
-    num_actions: int = 10  # actions of each of the three sources, per state
+    num_actions: int = 10  # of each source of D, per state; those in s' are the target's, too
     offline_ratio: float = 0.5  # of a critic's online batch
     expectile: float = 0.7  # of V, with --critic iql
     return_rule: Literal["finite", "infinite", "sparse"] = "finite"  # see monte_carlo_returns
@@ -144,14 +144,17 @@ POLICY_SETTINGS = {  # what a class of policy has where nothing else is given
     "policy_tau": dict(diffusion=0.002, transformer=1.0, gaussian=1.0),
 }
 MUJOCO_TASKS = dict(normalize_observations=True, normalize_returns=True, cql_alpha=0.01)
+SPARSE = dict(value_bins=128, return_rule="infinite", eval_episodes=50, interval=50_000)
 PRESETS = {  # auto: the first whose name is in the dataset's or the environment's, else mujoco
     "sac-medium-replay": MUJOCO_TASKS | dict(pretrain_steps=40_000, offline_steps=8_000,
         online_steps=4_000, interval=2_000, policy_warmup=1_000, policy_width=64, policy_blocks=2,
         attention_heads=4, base_actions=16, kept_actions=4, ascent_steps=5, num_actions=4, tau=0.02,
         critic_hidden_dims=(128, 128), num_critics=2, batch_size=64),  # a CPU does it in minutes
-    "ogbench": dict(value_bins=128, return_rule="infinite", eval_episodes=50, interval=50_000),
-    "maze": dict(reward_shift=-1.0, value_bins=128, return_rule="infinite", eval_episodes=100,
-        interval=50_000),  # antmaze, pointmaze
+    "ogbench/cube-double": SPARSE | dict(value_range=(-200.0, 0.0)),  # -1 for every object
+    "ogbench/scene": SPARSE | dict(value_range=(-500.0, 0.0)),
+    "ogbench/puzzle": SPARSE | dict(value_range=(-900.0, 0.0)),
+    "ogbench": SPARSE,
+    "maze": SPARSE | dict(reward_shift=-1.0, eval_episodes=100),  # antmaze, pointmaze
     "kitchen": dict(reward_shift=-4.0, value_bins=128, value_range=(-400.0, 0.0), eval_episodes=50,
         critic_hidden_dims=(512,) * 3, offline_steps=500_000, online_steps=280_000, interval=14_000,
         offline_ratio=0.25, policy_learning_rate=1e-5, acting_selection="softmax"),
@@ -168,7 +171,7 @@ METRICS = {  # the algorithm's own columns of metrics.csv, with their healthy ra
     "below_return": "share of pi*'s actions whose Q is below the return, and counts as the return",
     "base_q": "mean Q of the policy's samples (with --critic iql these four are distillation's)",
     "kept_q": "mean Q of the best of them; the gap to base_q is what the global step gains",
-    "optimised_q": "mean Q after the local steps; not below kept_q, but by the data's action (iql)",
+    "optimised_q": "mean Q after the local steps; below kept_q only by the data's action (iql)",
     "moved": "mean change of an action's dimension by the local steps; far below 1",
 }
 
@@ -181,8 +184,7 @@ def orthogonal(key, shape, dtype=jnp.float32):
 
 
 class Critic(nn.Module):
-    """Q(s, a) or V(s): (B, F), ... -> the logits of its histogram (B, Z), or a scalar (B, 1). The
-    outputs begin near 0: in the noise of a larger gain the search would find maxima."""
+    """Q(s, a) or V(s): (B, F), ... -> a histogram's logits (B, Z), or a scalar (B, 1); near 0."""
 
     hidden_dims: tuple[int, ...]
     num_outputs: int = 1
@@ -202,8 +204,7 @@ class Critic(nn.Module):
 #   sample(params, observations (B, O), key) -> actions (B, A) in [-1, 1]
 #   loss(params, observations (B, O), actions (B, A), key) -> the supervised loss, a scalar
 class DiffusionPolicy(nn.Module):
-    """Denoising diffusion (DDPM) with a cosine schedule. The network, IDQL's, predicts the noise
-    (B, A) in actions after `step` (B,) steps of noising."""
+    """Denoising diffusion (DDPM), cosine schedule; IDQL's network predicts the noise (B, A)."""
 
     action_dim: int
     config: Config
@@ -383,8 +384,7 @@ def create_agent(key, observation, action, config):
 
 
 def policy_rate(count, config):
-    """The policy's learning rate after `count` updates: `pretrain_steps` of cloning, in which the
-    diffusion's falls to 0, and then the online ones. Both rise at first."""
+    """The rate after `count` updates: cloning's, diffusion's falling to 0; then the online one."""
     cloning, online = count < config.pretrain_steps, count - config.pretrain_steps
     done = count / max(config.pretrain_steps, 1)
     fade = (1 + jnp.cos(jnp.pi * done)) / 2 if config.policy == "diffusion" else 1.0
@@ -735,9 +735,6 @@ def load_dataset(config, data, env):
             high = np.ones_like(high)  # the data use this part of the box
         returns = np.add.reduceat(rows.rewards, np.flatnonzero(np.append(1, rows.ends[:-1])))
         print(f"{config.dataset}: {len(rows.ends):,} steps, mean return {returns.mean():.1f}")
-    finite = all(np.isfinite(x).all() for x in jax.tree.leaves(rows))
-    if not finite or rows.observations.shape[1] != zeros.shape[1]:
-        raise SystemExit(f"{config.dataset}: bad rows, baselines/collect.py check says which")
     scale = config.reward_scale * (1000 / np.ptp(returns) if config.normalize_returns else 1)
     units = {"observations": (1.0, 0.0), "rewards": (scale, config.reward_shift), "actions": high}
     if data and config.normalize_observations:
@@ -749,6 +746,9 @@ def load_dataset(config, data, env):
         rewards=rescale(rows.rewards, *units["rewards"]),
         next_observations=rescale(rows.next_observations, *units["observations"]),
     )
+    finite = all(np.isfinite(x).all() for x in jax.tree.leaves(rows))
+    if not finite or rows.observations.shape[1] != zeros.shape[1]:
+        raise SystemExit(f"{config.dataset}: bad rows, baselines/collect.py check says which")
     return rows, {
         "environment": env.spec.to_json(),
         "units": jax.tree.map(lambda x: np.asarray(x).tolist(), units),
@@ -796,11 +796,12 @@ def evaluate(agents, envs, source, config, first):
     """Mean return and score (S,) of the `first` and the next episodes, always the same."""
     shape = config.num_seeds, envs.num_envs // config.num_seeds
     seeds = [10_000 * (config.seed + i) + first + episode for i, episode in np.ndindex(*shape)]
-    (observations, _), (returns, reached) = envs.reset(seed=seeds), np.full((2, len(seeds)), np.nan)
-    while np.isnan(returns).any():
+    np.random.seed(seeds)  # OGBench's mazes draw their starts from this generator
+    (observations, _), (returns, reached) = envs.reset(seed=seeds), np.full((2, len(seeds)), np.inf)
+    while np.isinf(returns).any():
         actions = np.asarray(act_all(agents, observations.reshape(*shape, -1), config))
         observations, _, terminated, truncated, info = envs.step(actions.reshape(len(seeds), -1))
-        for i in np.flatnonzero((terminated | truncated) & np.isnan(returns)):
+        for i in np.flatnonzero((terminated | truncated) & np.isinf(returns)):
             returns[i] = info["final_info"]["episode"]["r"][i]
             reached[i] = terminated[i] or returns[i] > 0
     low, high = (np.nan if x is None else x for x in source["reference"])
@@ -812,13 +813,12 @@ def evaluate(agents, envs, source, config, first):
 def named_arrays(**trees):
     """{path/of/leaf: NumPy array}."""
     leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(trees))
-    name = partial(jax.tree_util.keystr, simple=True, separator="/")
-    return {name(path): np.asarray(leaf) for path, leaf in leaves}
+    return {jax.tree_util.keystr(at, simple=True, separator="/"): np.asarray(x) for at, x in leaves}
 
 
 def save(folder, arrays, meta):
     """metrics.csv, then checkpoint.npz: a kill at any moment leaves the old one or the new one."""
-    temporary = folder / f"checkpoint.{os.getpid()}.tmp"
+    temporary = folder / f"checkpoint.{os.urandom(4).hex()}.tmp"
     names = ("phase", "step", "seed", *METRICS, "return", "score", "updates_per_second", "seconds")
     try:
         with open(folder / "metrics.csv", "w") as file:
@@ -854,8 +854,7 @@ def restore(template, arrays, folder):
 
 
 def parse_config(arguments):
-    """Command line -> Config (flags before preset before defaults), Minari dataset (or None) and
-    environment: --env-id's, else the dataset's for evaluation, which is trained in, too."""
+    """Command line -> Config (flags before preset before defaults), Minari dataset, environment."""
     parse = partial(tyro.cli, Config, args=arguments, description=__doc__)
     config, data = parse(), None
     at = Path(__file__).resolve().parents[1] / "baselines/datasets" / config.dataset / "data"
@@ -925,6 +924,7 @@ def main(arguments=None):
     eval_envs = make([partial(make_env, source)] * config.num_seeds * min(10, config.eval_episodes))
     run = config, jax.device_put(dataset), make([partial(make_env, source)] * config.num_seeds), bar
     for number, (phase, train, first, last) in enumerate(rounds[done:], done + 1):
+        np.random.seed([config.seed, number])  # as in evaluate
         begin = time.time()
         state["agents"], state["buffers"], info = train(*state.values(), run, first, last)
         seconds, arrays = time.time() - begin, named_arrays(**state)
@@ -940,7 +940,7 @@ def main(arguments=None):
             rows.append(row | {"updates_per_second": f"{speed:.1f}"} | values)
         save(folder, arrays, {"config": said, "done": number, "rows": rows})
         means = {name: float(np.mean(x)) for name, x in info.items() if np.isfinite(x).all()}
-        shown = "  ".join(f"{name} {x:.1f}" for name, x in means.items() if name in "return score")
+        shown = "  ".join(f"{x} {means[x]:.1f}" for x in ("return", "score") if x in means)
         tqdm.write(f"{phase:8} {last:>9,}  {shown}")
         if config.wandb:
             wandb.log({f"{phase}/{name}": x for name, x in means.items()} | {"step": last})

@@ -25,14 +25,14 @@ The last is the paper's sim-to-real story: a policy trained in the plain world p
 physics (where it is evaluated from the beginning) for collect_steps, is improved offline on these
 data alone, and fine-tuned there.
 
-Deviations from the paper: (c) as in the authors' code, which the presets *-code bring back
+Deviations from the paper; where (c) stands, presets *-code do as the authors' code does
  1. AM-Q asks candidate and incumbent from the same states with the same noise, sums Q, and deploys
     the last accepted policy; theirs averages Q over the rows alive, compares with the best score
-    ever seen, deploys the last policy (c, and in mazes). One elite steps each row.
+    ever seen, deploys the last policy (c, and in mazes). Every elite steps as many rows.
  2. `heuristic`, the diversity term, is theirs: with a constant denominator its gradient is that of
     cloning again, which Adam scales away. `specialise` works, but is nobody's published setting.
  3. AM-Q alone chooses the member; theirs is the best of three by its score in the environment.
- 4. A time limit is no termination. Actions are clipped to the box before Q sees them.
+ 4. A time limit is no termination. Actions are clipped before Q sees them; PPO scores raw ones.
  5. Online the log-std passes tanh once, V's change is not clipped; theirs: twice, by 0.05 (c).
  6. One reward scale serves all phases; no running scale, V is not fitted again.
  7. IQL's critics everywhere; two of their scripts use SARSA and Monte-Carlo. Orthogonal layers with
@@ -40,7 +40,7 @@ Deviations from the paper: (c) as in the authors' code, which the presets *-code
  8. The model sees the agent's units, divided by the data's std plus 1e-3 (theirs: 1e-10), its
     members all rows (theirs: a bootstrap sample each); a round ends an epoch. The offline clip is
     constant (theirs from update 200 on). Members are cloned side by side.
- 9. Where their scripts search horizons or rates, a preset has one; ours: pointmaze, ogbench.
+ 9. A preset has one horizon and rate of those searched; ours: ogbench, pointmaze, mazes online.
 10. Rounds begin with fresh episodes, the last ones are cut off, as by a time limit.
 """
 
@@ -95,7 +95,7 @@ class Config:
     offline_steps: int = 10_000  # updates of the policies by PPO
     online_steps: int = 1_000_000  # environment steps after that, per seed
     interval: int = 10_240  # updates or environment steps per round, whole rollouts
-    offline_interval: int = 1_000  # updates by PPO per round
+    offline_interval: int = 1_000  # updates by PPO per round, a multiple of amq_interval
     eval_episodes: int = 10  # per evaluation and seed; more than 10 in tens
     run_dir: str = ""  # folder of this run; default: runs/<script>/<dataset>/seed<seed>
     init_from: str = ""  # folder of a finished run: skip all but the last phase, use its agents
@@ -105,7 +105,7 @@ class Config:
     normalize_returns: bool = False  # rewards times 1000 / (max - min return in the dataset)
     reward_scale: float = 1.0  # r <- reward_scale * r + reward_shift, after the above
     reward_shift: float = 0.0  # see reward_scale
-    successes_only: bool = False  # clone only rows from which the goal is reached
+    successes_only: bool = False  # clone only rows from which a scaled reward >= 0 is reached
     batch_size: int = 512  # transitions per offline update
     discount: float = 0.99  # per step
     tau: float = 0.005  # target critic: fraction of the new critic, every second update
@@ -141,7 +141,7 @@ class Config:
     value_clip: float = 0.0  # of the change of V between two rollouts, in its units; 0: none
     gae_lambda: float = 0.95  # of the advantages
     entropy_weight: float = 0.01  # of the entropy bonus
-    max_grad_norm: float = 0.5  # of policy and of V, offline as well
+    max_grad_norm: float = 0.5  # of the policies' PPO and of V online
     online_learning_rate: float = 2e-5  # Adam, policy; falls linearly to 0 over online_steps
     value_learning_rate: float = 2e-4  # Adam, V; falls as well
     squash_std_twice: bool = False  # tanh once more on the log-std, as in the authors' code
@@ -176,9 +176,9 @@ CHANGES = (  # a preset, the one it inherits from, what it changes; special ones
     ("halfcheetah/medium-expert", "halfcheetah",
      dict(activation="relu", online_learning_rate=2e-5, epochs=10)),
     ("halfcheetah/medium-replay", "halfcheetah", dict(normalize_observations=False, epochs=20)),
-    ("adroit", "", dict(improvement_learning_rate=1e-5, online_learning_rate=6e-6, horizon=50,
+    ("adroit", "", dict(improvement_learning_rate=1e-5, online_learning_rate=8e-6, horizon=50,
                         minibatch_size=256, model_patience=10, **LARGE_MODEL)),
-    ("handpen", "adroit", dict(reward_scale=0.1, termination="pen")),
+    ("handpen", "adroit", dict(reward_scale=0.1, termination="pen", online_learning_rate=6e-6)),
     ("pen/human", "handpen",
      dict(cloning_steps=200_000, critic_steps=1_000_000, model_patience=20)),
     ("hammer", "adroit", dict(reward_scale=0.1, normalize_observations=True, activation="tanh")),
@@ -209,7 +209,7 @@ for preset, parent, changes in CHANGES:
     PRESETS = {preset: PRESETS.get(parent, {}) | changes} | PRESETS
 PRESETS |= {f"{name}-code": settings | CODE for name, settings in PRESETS.items()}
 PRESETS |= {f"{name}-cpu": PRESETS[name] | CPU for name in ("hopper", "walker2d", "halfcheetah")}
-INIT_FROM = ("uni_o4", "ppo")  # scripts whose agents --init-from takes
+INIT_FROM = ("uni_o4",)  # scripts whose agents --init-from takes
 METRICS = {  # the algorithm's own columns of metrics.csv, with their healthy range
     "cloning_loss": "negative log-likelihood of the members (nats), mean; falls, then flat",
     "expectile_loss": "expectile loss of the offline V (scaled reward units squared)",
@@ -513,7 +513,7 @@ def clone(agent, batch, config):
 def fit_critics(agent, batch, config):
     """One update of IQL: V, Q at the new V, and in every second update the target Q."""
     value, info = gradient_step(agent.offline_value, expectile_loss, agent, batch, None, config)
-    agent = agent.replace(offline_value=value)
+    agent = agent.replace(offline_value=value, value=agent.value.replace(params=value.params))
     critic, critic_info = gradient_step(agent.critic, critic_loss, agent, batch, None, config)
     tau = jnp.where(critic.step % 2 == 0, config.tau, 0.0)
     target = optax.incremental_update(critic.params, agent.target_critic_params, tau)
@@ -679,8 +679,7 @@ def amq_scores(agent, params, key, states, units, config):
 
 
 def query(agent, states, units, config):
-    """Ask AM-Q whether the members may become their own references, and choose whom to deploy. V
-    online will start from the offline one."""
+    """Ask AM-Q whether the members may become their own references, and choose whom to deploy."""
     key, amq_key = jax.random.split(agent.key)
     members, references = agent.members.params, agent.references.params
     ask = partial(amq_scores, key=amq_key, states=states, units=units, config=config)
@@ -696,7 +695,6 @@ def query(agent, states, units, config):
         references=agent.references.replace(params=references),
         scores=kept,
         actor=agent.actor.replace(params=params),
-        value=agent.value.replace(params=agent.offline_value.params),
         key=key,
     )
     info = {"amq": scores, "amq_incumbent": incumbent, "accepted": 1.0 * better}
@@ -775,7 +773,7 @@ def shorter_rounds(rounds, config):
     """The rounds of `main`; those of the offline PPO are of `offline_interval` updates."""
     for phase, train, first, last in rounds:
         size = config.offline_interval if phase == "offline" else config.interval
-        for begin in range(first, last, size):
+        for begin in range(first, max(last, 1), size):
             yield phase, train, begin, min(begin + size, last)
 
 
@@ -820,9 +818,11 @@ def on_own_rows(train, agents, buffers, run, first, last, successes=False):
         dataset = jax.tree.map(lambda x: x[0], buffers)
         dataset = dataset.replace(actions=jnp.clip(dataset.actions, -1.0, 1.0))  # stored raw
     if successes and config.successes_only:
-        begins = np.flatnonzero(dataset.ends)[:-1] + 1
-        episodes = np.split(dataset.rewards > dataset.rewards.min() + 1e-6, begins)
+        begins, rewards = np.flatnonzero(dataset.ends)[:-1] + 1, np.asarray(dataset.rewards)
+        episodes = np.split(rewards >= 0.0, begins)  # in NumPy: JAX compiles for every length
         ahead = np.concatenate([x[::-1].cumsum()[::-1] > 0 for x in episodes])  # (D,)
+        if not ahead.any():
+            raise SystemExit("--successes-only: no reward of the dataset, scaled, is 0 or more")
         dataset = jax.tree.map(lambda x: x[ahead], dataset)
     return train(agents, buffers, (config, dataset, *rest), first, last)
 
@@ -999,9 +999,6 @@ def load_dataset(config, data, env):
             high = np.ones_like(high)  # the data use this part of the box
         returns = np.add.reduceat(rows.rewards, np.flatnonzero(np.append(1, rows.ends[:-1])))
         print(f"{config.dataset}: {len(rows.ends):,} steps, mean return {returns.mean():.1f}")
-    finite = all(np.isfinite(x).all() for x in jax.tree.leaves(rows))
-    if not finite or rows.observations.shape[1] != zeros.shape[1]:
-        raise SystemExit(f"{config.dataset}: bad rows, baselines/collect.py check says which")
     scale = config.reward_scale * (1000 / np.ptp(returns) if config.normalize_returns else 1)
     units = {"observations": (1.0, 0.0), "rewards": (scale, config.reward_shift), "actions": high}
     if data and config.normalize_observations:
@@ -1013,6 +1010,9 @@ def load_dataset(config, data, env):
         rewards=rescale(rows.rewards, *units["rewards"]),
         next_observations=rescale(rows.next_observations, *units["observations"]),
     )
+    finite = all(np.isfinite(x).all() for x in jax.tree.leaves(rows))
+    if not finite or rows.observations.shape[1] != zeros.shape[1]:
+        raise SystemExit(f"{config.dataset}: bad rows, baselines/collect.py check says which")
     return rows, {
         "environment": env.spec.to_json(),
         "units": jax.tree.map(lambda x: np.asarray(x).tolist(), units),
@@ -1060,11 +1060,12 @@ def evaluate(agents, envs, source, config, first):
     """Mean return and score (S,) of the `first` and the next episodes, always the same."""
     shape = config.num_seeds, envs.num_envs // config.num_seeds
     seeds = [10_000 * (config.seed + i) + first + episode for i, episode in np.ndindex(*shape)]
-    (observations, _), (returns, reached) = envs.reset(seed=seeds), np.full((2, len(seeds)), np.nan)
-    while np.isnan(returns).any():
+    np.random.seed(seeds)  # OGBench's mazes draw their starts from this generator
+    (observations, _), (returns, reached) = envs.reset(seed=seeds), np.full((2, len(seeds)), np.inf)
+    while np.isinf(returns).any():
         actions = np.asarray(act_all(agents, observations.reshape(*shape, -1), config))
         observations, _, terminated, truncated, info = envs.step(actions.reshape(len(seeds), -1))
-        for i in np.flatnonzero((terminated | truncated) & np.isnan(returns)):
+        for i in np.flatnonzero((terminated | truncated) & np.isinf(returns)):
             returns[i] = info["final_info"]["episode"]["r"][i]
             reached[i] = terminated[i] or returns[i] > 0
     low, high = (np.nan if x is None else x for x in source["reference"])
@@ -1076,13 +1077,12 @@ def evaluate(agents, envs, source, config, first):
 def named_arrays(**trees):
     """{path/of/leaf: NumPy array}."""
     leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(trees))
-    name = partial(jax.tree_util.keystr, simple=True, separator="/")
-    return {name(path): np.asarray(leaf) for path, leaf in leaves}
+    return {jax.tree_util.keystr(at, simple=True, separator="/"): np.asarray(x) for at, x in leaves}
 
 
 def save(folder, arrays, meta):
     """metrics.csv, then checkpoint.npz: a kill at any moment leaves the old one or the new one."""
-    temporary = folder / f"checkpoint.{os.getpid()}.tmp"
+    temporary = folder / f"checkpoint.{os.urandom(4).hex()}.tmp"
     names = ("phase", "step", "seed", *METRICS, "return", "score", "updates_per_second", "seconds")
     try:
         with open(folder / "metrics.csv", "w") as file:
@@ -1118,8 +1118,7 @@ def restore(template, arrays, folder):
 
 
 def parse_config(arguments):
-    """Command line -> Config (flags before preset before defaults), Minari dataset (or None) and
-    environment: --env-id's, else the dataset's for evaluation, which is trained in, too."""
+    """Command line -> Config (flags before preset before defaults), Minari dataset, environment."""
     parse = partial(tyro.cli, Config, args=arguments, description=__doc__)
     config, data = parse(), None
     at = Path(__file__).resolve().parents[1] / "baselines/datasets" / config.dataset / "data"
@@ -1188,6 +1187,7 @@ def main(arguments=None):
     eval_envs = make([partial(make_env, source)] * config.num_seeds * min(10, config.eval_episodes))
     run = config, jax.device_put(dataset), make([partial(make_env, source)] * config.num_seeds), bar
     for number, (phase, train, first, last) in enumerate(rounds[done:], done + 1):
+        np.random.seed([config.seed, number])  # as in evaluate
         begin = time.time()
         state["agents"], state["buffers"], info = train(*state.values(), run, first, last)
         seconds, arrays = time.time() - begin, named_arrays(**state)
@@ -1203,7 +1203,7 @@ def main(arguments=None):
             rows.append(row | {"updates_per_second": f"{speed:.1f}"} | values)
         save(folder, arrays, {"config": said, "done": number, "rows": rows})
         means = {name: float(np.mean(x)) for name, x in info.items() if np.isfinite(x).all()}
-        shown = "  ".join(f"{name} {x:.1f}" for name, x in means.items() if name in "return score")
+        shown = "  ".join(f"{x} {means[x]:.1f}" for x in ("return", "score") if x in means)
         tqdm.write(f"{phase:8} {last:>9,}  {shown}")
         if config.wandb:
             wandb.log({f"{phase}/{name}": x for name, x in means.items()} | {"step": last})

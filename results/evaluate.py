@@ -93,13 +93,13 @@ def evaluate(module, agents, source, config):
         envs = module.SkillEnvs(envs, {"agents": agents}, config)
     for first in range(0, config.eval_episodes, shape[1]):
         seeds = [10_000 * (config.seed + i) + first + j for i, j in np.ndindex(*shape)]
-        observations, _ = envs.reset(seed=seeds)
-        returns, reached = np.full((2, len(seeds)), np.nan)
-        while np.isnan(returns).any():
-            actions = module.act_all(agents, observations.reshape(*shape, -1), config)
-            actions = np.asarray(actions).reshape(len(seeds), -1)
-            observations, _, terminated, truncated, info = envs.step(actions)
-            for i in np.flatnonzero((terminated | truncated) & np.isnan(returns)):
+        np.random.seed(seeds)  # OGBench's mazes draw their starts from this generator
+        observations = envs.reset(seed=seeds)[0]
+        returns, reached = np.full((2, len(seeds)), np.inf)
+        while np.isinf(returns).any():
+            actions = np.asarray(module.act_all(agents, observations.reshape(*shape, -1), config))
+            observations, _, terminated, truncated, info = envs.step(np.concatenate(actions))
+            for i in np.flatnonzero((terminated | truncated) & np.isinf(returns)):
                 returns[i] = info["final_info"]["episode"]["r"][i]
                 reached[i] = terminated[i] or returns[i] > 0
         found.append(np.reshape([returns, reached], (2, *shape)))

@@ -12,7 +12,7 @@ import minari
 import mujoco
 import numpy as np
 import pytest
-from conftest import ROOT, load_script
+from conftest import ROOT, load_script, read_arrays, read_metrics
 from test_learning import trained
 from test_losses import B, batch_of, compiled, fresh
 
@@ -258,3 +258,51 @@ def test_agents_of_the_family_go_on_in_each_other(cql, cal_ql, sac_finetune):
         assert made(cql, preset) == made(cal_ql, preset) == made(sac_finetune, preset), preset
         wide = made(cql, preset, num_critics=10, layer_norm=True)
         assert wide == made(sac_finetune, f"{preset}-wsrl"), preset
+
+
+@pytest.fixture(scope="module")
+def anywhere(iql, pendulum, tmp_path_factory):
+    """Folders of two runs of one command, from two states of NumPy's generator, in a world that
+    starts where this says, whatever reset's seed is; so do OGBench's mazes."""
+    reset, folder = gym.envs.classic_control.PendulumEnv.reset, tmp_path_factory.mktemp("runs")
+
+    def anywhere(env, **keywords):
+        _, info = reset(env, **keywords)
+        env.state = np.random.uniform(-1.0, 1.0, 2)
+        return env._get_obs(), info
+
+    flags = [
+        "--dataset",
+        pendulum,
+        "--offline-steps=0",
+        "--online-steps=40",
+        "--interval=20",
+        "--hidden-dims=8",
+        "--batch-size=8",
+        "--eval-episodes=10",
+        "--learning-rate=0",
+    ]  # so that the returns depend on the starts alone
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gym.envs.classic_control.PendulumEnv, "reset", anywhere)
+        for seed in range(2):
+            np.random.seed(seed)
+            iql.main([*flags, f"--run-dir={folder}/{seed}"])
+        yield folder
+
+
+def test_starts_that_no_seed_determines_are_the_same_again(anywhere):
+    one, other = anywhere / "0", anywhere / "1"
+    assert read_arrays(one) == read_arrays(other)
+    first, second = read_metrics(one)
+    assert [first, second] == read_metrics(other) and first["return"] == second["return"]
+
+
+def test_evaluate_finds_those_starts_again(anywhere):
+    tool, folder = load_script("results/evaluate.py"), anywhere / "0"
+    module, said = tool.load_run(folder)
+    config = tool.config_of(module, said, folder, None)
+    agents = tool.restore_agents(module, config, said, folder)
+    returns, _ = tool.evaluate(module, agents, said, config)
+    assert len(np.unique(returns)) == 10
+    wanted = float(read_metrics(folder)[-1]["return"])
+    np.testing.assert_allclose(returns.mean(), wanted, rtol=1e-4)

@@ -114,6 +114,7 @@ def test_critics_are_iqls(uni_o4):
     np.testing.assert_allclose(loss, errors.mean(axis=1).sum(), rtol=1e-4)
     one, _ = uni_o4.fit_critics(agent, batch, config)
     two, _ = uni_o4.fit_critics(one, batch, config)
+    jax.tree.map(np.testing.assert_array_equal, two.value.params, two.offline_value.params)
     kernels = [x.target_critic_params["params"]["kernel"] for x in (agent, one, two)]
     np.testing.assert_array_equal(kernels[0], kernels[1])  # the target moves in every second one
     assert not np.array_equal(kernels[1], kernels[2])
@@ -187,3 +188,14 @@ def test_successes_only_keeps_what_leads_to_one(least, success, shift, uni_o4):
     play = partial(uni_o4.on_own_rows, seen, None, None, (config, rows), 0, 1)
     assert play(successes=True) == [0, 1, 6, 7, 8]
     assert play() == [*range(9)]
+    rewards[[1, 8]] = (least + success) / 2 - 0.1  # of two objects one is in its place: no success
+    with pytest.raises(SystemExit, match="--successes-only: no reward"):
+        play(successes=True)
+
+
+def test_after_init_from_a_round_has_no_steps(uni_o4):
+    """main's promise: the score before the first step."""
+    config = uni_o4.Config(interval=20, offline_interval=5)
+    rounds = [("online", None, 0, 0), ("online", None, 0, 20), ("offline", None, 0, 8)]
+    found = [(first, last) for _, _, first, last in uni_o4.shorter_rounds(rounds, config)]
+    assert found == [(0, 0), (0, 20), (0, 5), (5, 8)]

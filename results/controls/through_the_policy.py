@@ -4,8 +4,8 @@
 
 PA-RL's paper (arXiv 2412.06685) says that this is unstable for policies of many steps, and that to
 imitate optimised actions is not. The two differ here by one loss, L = -E[mean_i Q_i(s, pi(s))]: the
-policy's samples are optimised before they are played and backed up, as in pa_rl.py. A run's folder
-says pa_rl: go on in it with this file only.
+policy's samples are optimised before they are played and backed up, as in pa_rl.py. Not for tokens,
+which have no gradient. A run's folder says pa_rl: go on in it with this file only.
 """
 
 import sys
