@@ -88,8 +88,8 @@ class Config:
     discount: float = 0.99  # per step
     tau: float = 0.005  # target critic: fraction of the new critic per update
     buffer_size: int = 1_000_000  # online transitions kept, per seed; the oldest go first
-    hidden_dims: tuple[int, ...] = (256, 256)  # widths of every network
-    learning_rate: float = 3e-4  # Adam, every network
+    hidden_dims: tuple[int, ...] = (256, 256)  # widths of policy and critics
+    learning_rate: float = 3e-4  # Adam, all but the models
     # SAC
     warmup_steps: int = 250  # environment steps before the first online update
     num_critics: int = 2  # Q-functions; the minimum counts
@@ -103,9 +103,7 @@ class Config:
     horizon: int = 5  # steps of a rollout in the models
     penalty: float = 1.0  # the papers' lambda: reward per unit of the largest deviation
     real_share: float = 0.05  # of a batch, rows that are no model's
-    termination: Literal["", "hopper", "walker2d", "halfcheetah", "maze", "goal"] = (
-        ""  # of rollouts
-    )
+    termination: Literal["", "hopper", "walker2d", "maze", "goal"] = ""  # what ends a rollout
     # MOORe
     decay: float = 1.0  # the paper's alpha: of the priority of the dataset's rows
     epoch_steps: int = 1_000  # environment steps per epoch
@@ -119,10 +117,9 @@ PRESETS = {  # auto: the first whose name is in the dataset's or the environment
     "maze": dict(termination="maze", penalty=0.1, reward_shift=-1.0, eval_episodes=50),
     "hopper/medium-v": dict(termination="hopper", penalty=5.0),
     "walker2d/medium-v": dict(termination="walker2d", penalty=5.0),
-    "halfcheetah/medium-v": dict(termination="halfcheetah", horizon=1),
+    "halfcheetah/medium-v": dict(horizon=1),
     "hopper": dict(termination="hopper"),
     "walker2d": dict(termination="walker2d", horizon=1),
-    "halfcheetah": dict(termination="halfcheetah"),
     "mujoco": dict(),
 }  # fmt: skip
 INIT_FROM = ("moore",)  # scripts whose agents --init-from takes
@@ -468,12 +465,9 @@ def online_batch(dataset, buffer, size, key, config):
     count, epoch = len(dataset.rewards), 1 + (size - 1) // config.epoch_steps
     weight = count / (config.decay * epoch)  # (), of all old rows; that of all new ones is `size`
     first = config.num_models * config.model_batch_size
-    shape, (old_key, row_key) = (
-        (first + config.utd_ratio * config.batch_size,),
-        jax.random.split(key),
-    )
-    old = jax.random.uniform(old_key, shape) < weight / (weight + size)  # (D,)
-    rows = jax.random.randint(row_key, shape, 0, jnp.where(old, count, size))  # (D,)
+    keys, shape = jax.random.split(key), (first + config.utd_ratio * config.batch_size,)
+    old = jax.random.uniform(keys[0], shape) < weight / (weight + size)  # (D,)
+    rows = jax.random.randint(keys[1], shape, 0, jnp.where(old, count, size))  # (D,)
     pick = partial(jax.vmap(jnp.where), old)
     drawn = jax.tree.map(lambda x, y: pick(x[rows], y[rows]), dataset, buffer)
     batches = jax.tree.map(lambda x: x[first:].reshape(config.utd_ratio, -1, *x.shape[1:]), drawn)

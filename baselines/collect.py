@@ -31,15 +31,12 @@ an episode ends at the goal with reward 1, so that the score is the success rate
 are up to a quarter of a cell off their cell's centre, in the data as in the evaluation.
 
 Deviations from D4RL's maze2d sets (scripts/generation/generate_maze2d_datasets.py):
- 1. An episode ends at its goal, the next start is drawn anew, and the observation contains the
-    goal, as in antmaze. In maze2d nothing ends: the ball rolls on from goal to goal, and the
-    observation does not say where they are.
+ 1. An episode ends at its goal, which the observation contains, as in antmaze. In maze2d nothing
+    ends: the ball rolls on from goal to goal, and the observation does not say where they are.
  2. 30 % of the goals are in the evaluation's goal cell, as in our antmaze sets; the others are
     uniform over the free cells, as all are in maze2d.
  3. Gymnasium-Robotics' PointMaze: its goal radius is 0.45 and the offset above 0.25, not 0.5, 0.1.
- 4. Breadth-first search, not Q-iteration, plans the path: the lengths are the same. Waypoints are
-    the cells' centres; D4RL moves each of them by up to 0.2.
- 5. The noise of 0.5 is the default; in D4RL it is an option.
+ 4. Breadth-first search plans paths of the same lengths, over cells' centres (D4RL: up to 0.2 off).
 
 `ogbench` regenerates data by OGBench's recipe with the oracles of its package: scripted grasps, or
 in mazes the way from cell to cell, walked by a point or by an ant that sac.py has trained, with
@@ -48,8 +45,8 @@ the action; a step from a state in which all are is a termination, though the re
 
     Park, Frans, Eysenbach, Levine: OGBench, arXiv 2410.20092; facts from its package, 1.2.2
 
-Deviations: 1,001 steps of a recording, not 1,000; the ant's walker is our SAC, whose network starts
-differently, and which stands in runs/ogbench-walker.
+Deviations: 1,001 steps of a recording, not 1,000; the walker, in runs/ogbench-walker, is our SAC
+(ReLU, initialisation, updates in turn).
 
 D4RL's antmaze data in today's simulator: a step is 10 of 0.01 s, where D4RL's was 5 of 0.02 s, and
 start and goal are drawn around their cells' centres, D4RL's goal only on the far side of it.
@@ -201,7 +198,6 @@ REFERENCE_RETURNS = {  # random and expert return, from D4RL (Fu et al. 2020, it
     "Ant-v4": (-325.6, 3879.7),
     "AdroitHandDoor-v1": (-56.512833, 2880.5693087298737),
     "AdroitHandHammer-v1": (-274.856578, 12794.134825156867),
-    "AdroitHandPen-v1": (96.262799, 3076.8331017826877),
     "AdroitHandRelocate-v1": (-6.425911, 4233.877797728884),
     "FrankaKitchen-v1": (0.0, 4.0),
 }
@@ -490,6 +486,9 @@ def convert(request):
     env = flat_environment(env)
     if "AntMaze" in request.env_id and rows["observations"].shape[1:] == (29,):
         env, origin = d4rl_antmaze(request.env_id)
+        jump = np.linalg.norm(np.diff(rows["observations"][:, :2], axis=0), axis=1) > 1  # 10 m/s
+        lost = np.append(jump, False) & ~rows["ends"]  # D4RL's issue 77: timeouts beside the ends
+        rows["ends"], rows["known"] = rows["ends"] | lost, rows["known"] & ~lost
         for name in ("observations", "next_observations"):
             rows[name][:, :2] += origin
     numbers = ("observations", "actions", "rewards", "next_observations")
@@ -540,8 +539,8 @@ def write_dataset(request, episodes, env, eval_env, algorithm, description, refe
     the episodes are from, and `eval_env`, where agents train and are scored."""
     check_episodes(episodes, eval_env, request.id)
     reference = reference_returns(eval_env.spec) or reference
-    packages = ["gymnasium", "mujoco", "minari"]
-    packages += ["gymnasium-robotics"] if "gymnasium_robotics" in eval_env.spec.to_json() else []
+    spec, packages = eval_env.spec.to_json(), ["gymnasium", "mujoco", "minari"]
+    packages += [x for x in ("gymnasium-robotics", "ogbench") if x.replace("-", "_") in spec]
     folder = minari.storage.get_dataset_path(request.id)
     if folder.exists():  # and --force is given
         shutil.rmtree(folder)
@@ -901,7 +900,7 @@ def recording(request, number):
     seed = episode_seed(request.seed, number)
     np.random.seed(seed)  # the oracles draw from NumPy's global generator
     record = navigate if "maze" in request.world else manipulate
-    played = record(env, request.world, np.random.default_rng(seed), seed, walk)
+    played = record(env, request.world, np.random.default_rng([seed, 1]), seed, walk)
     observations, actions, following, infos = map(list, zip(*played, strict=True))
     qpos = np.stack([info["prev_qpos"] for info in infos])  # (T, P), of the states before
     if request.world == "scene":  # its cube fell off the table, or into the drawer's side
@@ -914,7 +913,6 @@ def recording(request, number):
     name = f"{request.world}-singletask-task{request.task}-v0"
     importlib.import_module("ogbench.relabel_utils").relabel_dataset(name, task, rows)
     states = np.float32([*observations, following[-1]])  # (T + 1, O)
-    # Scripts end an episode at every termination
     return episode_buffer(states, np.float32(actions), rows["rewards"], rows["masks"] == 0)
 
 
@@ -932,6 +930,7 @@ def ogbench(request):
     check_new_id(request)
     if "ant" in world:
         train_walker(request)
+    os.environ["JAX_PLATFORMS"] = "cpu"  # in many processes, a step at a time, to the same bits
     episodes, count, processes = [], 0, request.processes or os.cpu_count()
     quiet = warnings.simplefilter, ("ignore",)  # as in this process
     with (
@@ -948,8 +947,8 @@ def ogbench(request):
                     bar.update(len(episode.rewards))
             if count >= request.steps:
                 break
-    what = f"regenerated by OGBench's recipe: {world}, {kind}, task {task}"
-    goal = ogbench_world(request)[1]
+    what = f"regenerated by OGBench's recipe: {world}, {kind}, task {task}, seed {request.seed}"
+    goal = make_environment(gym.make, f"{world}-singletask-task{task}-v0")
     write_dataset(request, episodes, goal, goal, "OGBench's oracles", what, (0.0, 1.0))
 
 
@@ -1025,6 +1024,7 @@ def rollout(request):
     step = iter(range(10**9))
 
     def begin(number):
+        np.random.seed(episode_seed(request.seed, number))  # OGBench's mazes draw starts from it
         observation, _ = played.reset(seed=episode_seed(request.seed, number))
 
         def act(observation):
@@ -1077,7 +1077,7 @@ def replay(request):
         level = request.share * float(online[-1]["return"])
         good = [row["step"] for row in online if float(row["return"]) >= level]
         reached = min([*good, steps])
-        count = reached - steps + len(rows["ends"])  # the ring has lost the oldest
+        count = min(count, reached - steps + len(rows["ends"]))  # the ring has lost the oldest
         if level <= 0 or count <= 0:
             fail(f"--share {request.share}: a return of {level}, reached at step {reached}")
     if count > len(rows["ends"]):

@@ -12,7 +12,7 @@ the entropy settles at a target.
     temperature  L_alpha = -temperature * E[ log pi(a | s) + target_entropy ]
 
     python baselines/sac.py --env-id Hopper-v5
-    python baselines/collect.py replay runs/sac/Hopper-v5/seed0  # its replay as a Minari dataset
+    python baselines/collect.py replay runs/sac/Hopper-v5/seed0 --id mine/replay-v0  # as a dataset
 
 Deviations from the paper's code (github.com/rail-berkeley/softlearning, its last commit, 13cf187):
  1. The actions of the first `warmup_steps` are uniform, and no update is made before their end.

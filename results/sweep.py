@@ -318,7 +318,7 @@ def dataset_rows(dataset):
     for folder in (ROOT / "baselines" / "datasets", Path(home)):
         found = read_json(folder / dataset / "data" / "metadata.json") if dataset else None
         if found:
-            return found.get("total_steps")
+            return found.get("total_steps") or None  # 0: killed while it was written
     return None
 
 

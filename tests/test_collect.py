@@ -430,11 +430,11 @@ def test_reference_returns_are_converted(convert, local, capsys):
     assert (metadata["ref_min_score"], metadata["ref_max_score"]) == (-20.272305, 3234.3)
 
 
-def test_d4rl_antmaze(convert, refused):
+def test_d4rl_antmaze(collect, convert, refused):
     """29 numbers, from D4RL's origin: the start. The environment begins there, and its state is
     the observation. In D4RL the umaze's goal is at (0, 8), beyond the corridor at x = 8."""
     rng = np.random.default_rng(0)
-    rows = {"observations": rng.normal(size=(5, 29)), "actions": rng.uniform(-1, 1, (5, 8)),
+    rows = {"observations": rng.normal(0, 0.1, (5, 29)), "actions": rng.uniform(-1, 1, (5, 8)),
             "rewards": [0, 0, 0, 0, 1], "terminals": [0, 0, 0, 0, 1]}  # fmt: skip
     np.savez("a.npz", **rows, timeouts=np.zeros(5))
     assert_words(refused(*converting("a.npz", "AntMaze_UMaze-v4")), "AntMaze_UMaze-v5")
@@ -454,6 +454,10 @@ def test_d4rl_antmaze(convert, refused):
         assert (maze.maze_map[row][column] == 1) == wall
     assert env.action_space == Box(-5, 5, (8,)) and env.unwrapped.ant_env.dt == 0.1
     assert (dataset.storage.metadata["ref_min_score"], env.spec.max_episode_steps) == (0.0, 700)
+    rows["observations"][2:, 0] += 5  # another trajectory, which no timeout tells (D4RL's issue 77)
+    np.savez("b.npz", **rows, timeouts=np.zeros(5))
+    collect.main([*converting("b.npz", "AntMaze_UMaze-v5"), "--force"])
+    assert [len(episode.rewards) for episode in minari.load_dataset("mine/new-v0")] == [1, 3]
 
 
 # ------------------------------------------------------------------------------------------- Mazes

@@ -104,8 +104,8 @@ def test_what_the_tables_say_of_a_run(report):
     assert row.endswith("| 200 | 61 → 41 → 91 → 96 (-40), 2 of 3 seeds | - | - |")
     early = [(*row[:1], 0.2 * row[1], row[2]) if row[:2] == ("online", 10) else row for row in rows]
     assert next(report.runs_of(name, made("iql", early), {}))["early"] is None  # none is near
-    little = [("offline", 4, 8), ("online", 10, 2), ("online", 100, 8)]  # nothing to lose, either
-    both = {name: record, name[:-1] + "1": made("iql", little, seed=1)}
+    little = made("iql", [("offline", 4, 8), ("online", 10, 2), ("online", 100, 8)], seed=1)
+    both = {name: record, name[:-1] + "1": little}  # which has nothing to lose
     (row,) = report.front_table(report.group_runs(both), ["iql"]).splitlines()[2:]
     assert "| 34 → 21 → 49 → 52 (-20), 2 of 3 seeds |" in row
     nothing = [("offline", 4, 0), ("online", 100, 0)]
@@ -167,9 +167,8 @@ def test_a_panel_shows_every_evaluation_of_every_seed(report, tmp_path):
         runs["cpu/ooo/hopper/seed1"] = made("ooo", new, seed=1)
         groups = {key[2]: found for key, found in report.group_runs(runs).items()}
         report.plot_panels("hopper", groups, tmp_path / f"{moved}.png")
-    assert report.alike(tmp_path / "None.png", tmp_path / "None.png")
-    for i in range(4):
-        assert not report.alike(tmp_path / "None.png", tmp_path / f"{i}.png"), rows[i]
+    same = [report.alike(tmp_path / "None.png", tmp_path / f"{i}.png") for i in (None, *range(4))]
+    assert same == [True] + [False] * 4
 
 
 def test_a_run_from_anothers_agents_has_its_offline_value(report):

@@ -271,7 +271,6 @@ def test_every_run_of_the_matrix_is_one_that_its_script_takes(profile):
 
 
 def test_only_takes_along_what_its_trials_start_from():
-    """And the commands that are listed name the folders that the runs have."""
     _, out, _ = run_script("results/sweep.py", "--only", "pex/hopper/seed1", "--list")
     before, after = [line.split("\t") for line in out.splitlines()]
     assert [before[1], after[1]] == ["iql-offline/hopper/seed1", "pex/hopper/seed1"]
