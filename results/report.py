@@ -270,7 +270,7 @@ def plot_panels(title, groups, path):
             grey = {} if other == entry else {"color": "0.88", "lw": 0.7, "ms": 2}
             for run in groups[other]:
                 offline, online = ([*points] for points in run["points"].values())
-                online = [(0, offline[-1][1])] * bool(offline and online) + online
+                online = [(0, value) for _, value in offline[-1:]] * bool(online) + online
                 for i, points in enumerate((offline, online)):
                     x = [i - 1 + step / max(points[-1][0], 1) for step, _ in points]
                     y = [value for _, value in points]

@@ -162,8 +162,8 @@ def test_a_panel_shows_every_evaluation_of_every_seed(report, tmp_path):
     rows = [("offline", 4, 60), ("online", 10, 40), ("online", 100, 70), ("retrain", 5, 65)]
     for moved in (None, *range(4)):
         new = [(*row[:2], row[2] + 4 * (i == moved)) for i, row in enumerate(rows)]
-        runs = {f"cpu/{entry}/hopper/seed{seed}": made(entry, rows, seed=seed)
-                for entry in ("ooo", "iql") for seed in (0, 1)}  # fmt: skip
+        runs = {f"cpu/{entry}/hopper/seed{seed}": made(entry, rows[first:3], seed=seed)
+                for entry, first in (("ooo", 0), ("rlpd", 1)) for seed in (0, 1)}  # fmt: skip
         runs["cpu/ooo/hopper/seed1"] = made("ooo", new, seed=1)
         groups = {key[2]: found for key, found in report.group_runs(runs).items()}
         report.plot_panels("hopper", groups, tmp_path / f"{moved}.png")
