@@ -18,8 +18,7 @@ might have met, old or new: a network tells how much likelier a row is to be new
     L_w      = -E_old[ log(2 / (1 + w)) ] - E_new[ log(2 w / (1 + w)) ], w(s, a) the density ratio
     priority = w^(1/T) / E_old[ w^(1/T) ] in 0.001 ... 1000, T = priority_temperature
 
-    python algorithms/off2on.py                                    # the dataset in this repository
-    python algorithms/off2on.py --dataset mujoco/hopper/medium-v0  # any Minari dataset here
+    python algorithms/off2on.py  # on the repository's data, or: --dataset mujoco/hopper/medium-v0
 
 Deviations from the authors' code (github.com/shlee94/Off2OnRL):
  1. Its CQL agents come ready-made, five runs of a million updates; ours are cql.py's (deviations
@@ -110,13 +109,14 @@ class Config:
 
 
 MUJOCO_CQL = dict(cql_alpha=10.0, policy_learning_rate=3e-5, normalize_observations=True)
-MAZE = dict(reward_scale=10.0, critic_hidden_dims=(256,) * 4, eval_episodes=100, interval=50_000)
-SMALL = dict(num_members=3, num_actions=4, offline_steps=10**4, online_steps=10**4)
-SMALL |= dict(first_updates=1_000, interval=2_000)
+MAZE = dict(critic_hidden_dims=(256,) * 4)
+MAZE |= dict(reward_scale=10.0, reward_shift=-5.0, eval_episodes=100, interval=50_000)
+OGBENCH = MAZE | dict(cql_alpha=0.01, reward_shift=0.0, hidden_dims=(256,) * 4)
+SMALL = dict(num_members=3, num_actions=4, first_updates=1_000, offline_steps=10**4)
 PRESETS = {  # auto: the first whose name is in the dataset's or the environment's, else mujoco
-    "sac-medium-replay": MUJOCO_CQL | SMALL,
-    "ogbench": MAZE | dict(cql_alpha=0.01, hidden_dims=(256,) * 4, eval_episodes=50),
-    "maze": MAZE | dict(reward_shift=-5.0),  # antmaze, pointmaze
+    "sac-medium-replay": MUJOCO_CQL | SMALL | dict(online_steps=10**4, interval=2_000),
+    "ogbench": OGBENCH | dict(eval_episodes=50),
+    "maze": MAZE,  # antmaze, pointmaze
     "mujoco": MUJOCO_CQL | dict(online_steps=250_000),
 }
 INIT_FROM = ("off2on",)  # scripts whose agents --init-from takes
