@@ -154,7 +154,8 @@ def failures(records, folder):
 
 def show(values):
     """The values of all seeds, in their order; - where there is none."""
-    return " · ".join("-" if value is None else short(value) for value in values)
+    text = " · ".join("-" if value is None else short(value) for value in values)
+    return text if any(value is not None for value in values) else "-"
 
 
 def short(value):
@@ -171,7 +172,6 @@ def results_table(groups):
     for (profile, dataset, entry), runs in groups.items():
         steps = [f"{count:,}" for count in runs[0]["steps"]]
         cells = [show([run[key] for run in runs]) for key in keys]
-        cells = ["-" if set(cell) <= set("- ·") else cell for cell in cells]
         if runs[0]["online"] is not None and runs[0]["final"] != runs[0]["online"]:
             cells[2] += f", retrained {show([run['final'] for run in runs])}"
         label = entry if profile == "cpu" else f"{entry} ({profile})"
