@@ -250,9 +250,9 @@ def verdict(one, other):
     if not one or not other:  # not run, or there was nothing to lose
         return "-"
     more, less = min(one) > max(other), max(one) < min(other)
-    enough = min(len(one), len(other)) > 2  # of two and two a third would be judged by chance
-    word = "confirmed" if more and enough else "refuted" if less and enough else "open"
-    word += f" ({len(one)} and {len(other)} seeds)" * (not enough)
+    count = min(len(one), len(other))  # of two and two a third would be judged by chance
+    word = "confirmed" if more and count > 2 else "refuted" if less and count > 2 else "open"
+    word += f" ({count} of 3 seeds)" * (count < 3)
     return f"**{word}**: {show(one)}, against {show(other)}"
 
 

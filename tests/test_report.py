@@ -124,8 +124,8 @@ def test_a_claim_is_judged_by_every_seed(report):
     )
     assert report.verdict([1, 4, 2], [5, 6, 7]).startswith("**refuted**")
     assert report.verdict([1, 5, 5], [4, 6, 6]).startswith("**open**")
-    assert report.verdict([5, 6], [1, 4]).startswith("**open (2 and 2 seeds)**")  # too few to say
-    assert report.verdict([1], []) == "-"
+    assert report.verdict([5, 6], [1, 4]).startswith("**open (2 of 3 seeds)**")  # too few to say
+    assert report.verdict([1], []) == report.show([None, None]) == "-"  # not "- · -"
     assert report.front_table({}, report.TABLES["systems"]).startswith("Not run yet")
     entries = {*report.TABLES["systems"], *report.TABLES["variants"]}
     keys = {"offline", "early", "online", "dip", "lost", "gain", "final"}
