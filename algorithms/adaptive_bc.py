@@ -1,8 +1,8 @@
 """REDQ + adaptive BC: TD3+BC whose imitation's weight follows the returns of episodes online.
 
 A fixed weight of the imitation either holds the policy back online or lets it collapse. Here a
-proportional-derivative rule sets it at the end of every episode: it falls while the score is below
-the target, and rises where an episode falls behind the average. Ten critics, of which a random pair
+proportional-derivative rule sets it at the end of every episode: it falls while the average is
+below the target, and rises where an episode falls behind it. Ten critics, of which a random pair
 makes the target, allow ten updates per environment step.
 
     Zhao, Boney, Ilin, Kannala, Pajarinen: Adaptive Behavior Cloning Regularization for Stable

@@ -23,7 +23,7 @@ Deviations from Cal-QL's authors' code (JaxCQL's; CQL's own takes max_j, then mi
     fresh episodes; the last ones, and so their returns, are cut off as by a time limit.
  3. Locomotion (but raw rewards) and dense Adroit follow CORL, except in its one buffer; PointMaze
     and OGBench are ours. Kitchen goes on after four subtasks, Minari's antmaze at the goal: values
-    tend to 500, the authors' end at 5 (as with collect.py goals). CORL also clips D there, at -200.
+    tend to 500, the authors' end at 5 (as with collect.py goals). CORL clips D in antmaze, at -200.
 """
 
 # /// script

@@ -14,11 +14,11 @@ transitions join the dataset, and the same losses go on, an update per step.
     python algorithms/iql.py  # on the repository's data, or: --dataset mujoco/hopper/medium-v0
 
 Deviations from the authors' code (github.com/ikostrikov/implicit_q_learning):
- 1. The policy's rate decays offline and again online, but not in mazes, nor after --init-from.
+ 1. The policy's rate decays offline, again online; not in mazes, OGBench or after --init-from.
  2. Fine-tuning outside antmaze is ours, with the reward scale, which theirs drops online (issue 4).
  3. Adroit has the paper's 0.7 and 0.5 (CORL: 0.8 and 3); OGBench FQL's paper's numbers in this
     network and update: LayerNorm, then ReLU, tanh mean, target Q (theirs after GELU, plain, Q).
- 4. Rounds cut episodes, as time limits do; their last rows stay. Antmaze's goals go on, of value 0.
+ 4. Rounds begin with fresh episodes, cut ones keep their last rows; past antmaze's goal V is 0.
 """
 
 # /// script

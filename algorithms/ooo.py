@@ -15,7 +15,7 @@ it cannot predict; then a fresh one is trained on the data and all online steps,
 
 Retraining has no b, and [.] clips to what its data's rewards can add up to, [min r, max r] / (1 -
 discount); `upsample` rows of a batch are of those with the reward max r. While exploring, [.] clips
-to --q-bounds: far off, as a rule.
+to --q-bounds, far off by default.
 
     python algorithms/ooo.py  # on the repository's data, or: --dataset D4RL/antmaze/umaze-v1
 

@@ -13,15 +13,15 @@ its difference is dropped, and --mode says how the collapse is met:
     Wu et al.: OCR-CFT, arXiv 2412.18855 (the conservative mode's constraint)
 
     L_Q     = sum_i E[ (r + discount * V(s') - Q_i(s, a))^2 ], offline + cql_alpha * D_i, cql.py's
-    V(s')   = max_j min_i Qtarget_i(s', a'_j), a'_j ~ pi(s'), j = 1 ... backup_actions (offline)
+    V(s')   = max_j min_i Qtarget_i(s', a'_j), a'_j ~ pi(s'), j to (online_)backup_actions
     L_pi    = E[ temperature * log pi(a | s) - min_i Q_i(s, a) ], a ~ pi(s), online in the
               conservative mode + kl_multiplier * mean|Q| * KL(pi || reference)
     L_alpha = -temperature * E[ log pi(a | s) + target_entropy ]
     L_kl    = -kl_multiplier * (KL - limit), online in the conservative mode, in L_alpha's place
 
     python algorithms/sac_finetune.py --mode conservative           # pre-trains with CQL first
-    python algorithms/sac_finetune.py --mode naive --init-from RUN  # of cql.py or cal_ql.py
-    python algorithms/cql.py --num-critics 10 --layer-norm --run-dir RUN  # and then WSRL's own form
+    python algorithms/sac_finetune.py --mode naive --init-from RUN  # CQL's or Cal-QL's, offline
+    python algorithms/cql.py --online-steps 0 --num-critics 10 --layer-norm --run-dir RUN  # WSRL's:
     python algorithms/sac_finetune.py --preset sac-medium-replay-wsrl --init-from RUN
 
 Deviations from the authors' code (github.com/zhouzypaul/wsrl, github.com/QinwenLuo/OCR-CFT):

@@ -38,7 +38,7 @@ Deviations from the paper; where (c) stands, presets *-code do as the authors' c
  7. IQL's critics everywhere; two of their scripts use SARSA and Monte-Carlo. Orthogonal layers with
     gain sqrt(2), but small outputs of the policies, whose std begins at 0.5 (theirs 0.08).
  8. The model sees the agent's units, divided by the data's std plus 1e-3 (theirs: 1e-10), its
-    members all rows (theirs: a bootstrap sample each); a round ends an epoch. The offline clip is
+    members all rows (theirs: a bootstrap sample each); rounds cut epochs. The offline clip is
     constant (theirs from update 200 on). Members are cloned side by side.
  9. A preset has one horizon and rate of those searched; ours: ogbench, pointmaze, mazes online.
 10. Rounds begin with fresh episodes, the last ones are cut off, as by a time limit.

@@ -2,8 +2,8 @@
 
 The training scripts trust a dataset; this is where it is doubted. Every row is checked for what
 spoils training in silence: missing steps, values that are not finite, actions outside the box,
-sizes that do not fit the environment, time limits called terminations. Refused is in one line, with
-the field, the row and what helps.
+sizes that do not fit the environment, time limits called terminations. A refusal is one line: the
+field, the row and what helps.
 
     python baselines/collect.py convert hopper.hdf5 --env-id Hopper-v4 --id mine/hopper-v0
     python baselines/collect.py check mine/hopper-v0

@@ -13,6 +13,7 @@ Online new transitions join the dataset, and the same losses go on, one update p
     actor     L_mu = imitation * E[ mean (mu(s, z) - flow(s, z))^2 ] - E[ mean_i Q_i(s, clip(mu)) ]
 
 flow(s, z) is where flow_steps Euler steps of v, 1 / flow_steps each, lead from z; it is clipped.
+With --normalize-q, the default but in mazes, OGBench and Adroit, Q is divided by mean|Q|.
 
     python baselines/fql.py                                    # the dataset in this repository
     python baselines/fql.py --dataset mujoco/hopper/medium-v0  # any Minari dataset on this machine
@@ -21,10 +22,12 @@ Deviations from the authors' code (github.com/seohongpark/fql):
  1. Orthogonal initialisation; the critics' hidden layers are LayerNorm, then ReLU (theirs GELU, as
     the flows' are, then LayerNorm). The target follows the new critic, theirs the one before.
  2. Evaluation's noise comes from the observations, so that it can be repeated; theirs is fresh.
- 3. Kitchen and locomotion divide Q by mean|Q| and have imitation 1, by their advice for new tasks.
-    Point mazes have antmaze's 10 (OGBench's the cubes' 300), D4RL's large antmaze, too (theirs 3);
-    OGBench's medium antmaze large's 10 without its minimum; Adroit what they fine-tune with.
- 4. Rounds begin with fresh episodes, the last ones are cut off, as by a time limit.
+ 3. Kitchen and locomotion divide Q by mean|Q| and have imitation 1, by their advice for new tasks,
+    with 2 x 256 (theirs 4 x 512). Point mazes have antmaze's 10 (OGBench's the cubes' 300), D4RL's
+    large antmaze, too (theirs 3); OGBench's medium antmaze large's 10 without its minimum; Adroit
+    what they fine-tune with. OGBench's other worlds need an imitation and a discount of their own.
+ 4. Rounds begin with fresh episodes, the last ones are cut off, as by a time limit; cut episodes in
+    the data keep their last rows. Minari's antmaze goes on at the goal (theirs terminates there).
 """
 
 # /// script
@@ -225,9 +228,9 @@ def flow_loss(params, agent, batch, key, config):
     """Flow matching: from anywhere in between, v points from the noise to the data's action."""
     noise_key, time_key = jax.random.split(key)
     noise = jax.random.normal(noise_key, batch.actions.shape)  # (B, A)
-    time = jax.random.uniform(time_key, (len(noise), 1))  # (B, 1)
-    between = (1.0 - time) * noise + time * batch.actions  # (B, A)
-    velocity = agent.flow.apply_fn(params, batch.observations, between, time)  # (B, A)
+    t = jax.random.uniform(time_key, (len(noise), 1))  # (B, 1)
+    between = (1.0 - t) * noise + t * batch.actions  # (B, A)
+    velocity = agent.flow.apply_fn(params, batch.observations, between, t)  # (B, A)
     loss = ((velocity - (batch.actions - noise)) ** 2).mean()
     return loss, {"flow_loss": loss}
 
@@ -236,8 +239,8 @@ def flow_actions(agent, observations, noise, config):
     """The flow's actions (B, A) from noise (B, A), by Euler's method."""
 
     def step(actions, i):
-        time = jnp.full((len(noise), 1), i / config.flow_steps)  # (B, 1)
-        velocity = agent.flow.apply_fn(agent.flow.params, observations, actions, time)  # (B, A)
+        t = jnp.full((len(noise), 1), i / config.flow_steps)  # (B, 1)
+        velocity = agent.flow.apply_fn(agent.flow.params, observations, actions, t)  # (B, A)
         return actions + velocity / config.flow_steps, None
 
     actions, _ = jax.lax.scan(step, noise, jnp.arange(config.flow_steps))

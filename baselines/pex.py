@@ -19,8 +19,9 @@ and V go on from the offline phase, which is IQL's.
     python baselines/pex.py  # or --init-from RUN, of this script or, in the same units, of iql.py
 
 Deviations from the authors' code (github.com/Haichao-Zhang/PEX):
- 1. Evaluation is greedy: the new policy proposes its mode, the better proposal is taken; theirs is
-    random, with probability 0.1 in each. Before it has learnt the new policy does not count there.
+ 1. Evaluation is greedy: the new policy proposes its mode, the better proposal is taken; theirs
+    draws each of the two choices with probability 0.1. Before it has learnt the new policy does
+    not count there.
  2. Proposals are clipped to the box before Q is asked. The critics' losses are summed, theirs are
     averaged. Offline updates are in iql.py's order: pi before Q, both with the new V.
  3. The online phase keeps the optimisers of Q and V; theirs are new. Orthogonal initialisation.

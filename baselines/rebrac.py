@@ -2,7 +2,8 @@
 
 TD3+BC holds the policy near the data; its critic still backs up what the policy would do in the
 next state. Here the target pays for the distance of that action from the one that the data took
-there, by a coefficient of its own. LayerNorm in the critics does the rest.
+there, by a coefficient of its own. LayerNorm in the critics does the rest. Online, by the same
+group's later code, that penalty is gone and the imitation falls to a half; nothing is restarted.
 
     Tarasov, Kurenkov, Nikulin, Kolesnikov: Revisiting the Minimalist Approach to Offline RL,
     arXiv 2305.09836
@@ -10,21 +11,22 @@ there, by a coefficient of its own. LayerNorm in the critics does the rest.
     critic  L_Q  = sum_i E[ (r + discount * V(s') - Q_i(s, a))^2 ]
             V(s') = min_j Qtarget_j(s', a') - critic_imitation * |a' - a'_data|^2
             a'   = clip(pi_target(s') + clip(noise, -noise_clip, noise_clip), -1, 1)
+            noise ~ N(0, target_noise^2); a'_data is the next row's action
     actor   L_pi = -E[ min_i Q_i(s, pi) ] / mean|min_i Q_i| + actor_imitation * E[ |pi(s) - a|^2 ]
 
     python baselines/rebrac.py                                    # the dataset in this repository
     python baselines/rebrac.py --dataset mujoco/hopper/medium-v0  # any Minari dataset here
 
-Deviations from the authors' code (github.com/tinkoff-ai/ReBRAC; FQL's authors' for OGBench):
- 1. The online phase is td3_bc.py's: first 1,000 steps of the noisy offline policy; the target
-    policy is then the policy, Adam anew; both penalties go on as they are, on half old, half new.
-    The newest transition's next action is its own until the next step.
- 2. Orthogonal initialisation; LayerNorm before the activation, ReLU (theirs after it, on OGBench
-    GELU); mean|Q| is at least 1e-6; targets follow the new policy (theirs the old one). Cut
-    episodes keep their last rows, with their own action as the next one; rounds begin afresh.
- 3. The paper's table has other weights for Hopper's medium and expert data than its code, as here.
- 4. Mazes (OGBench's point maze and medium antmaze, too), kitchen, Adroit's one preset and the short
-    run are ours. Minari's antmaze goes on at the goal, where values tend to 100,000.
+Deviations from the authors' code (github.com/tinkoff-ai/ReBRAC; online corl-team/CORL's
+finetune/rebrac.py, of the same group; for OGBench FQL's authors', who go on otherwise):
+ 1. Orthogonal initialisation, of the last layers, too (theirs near 0); LayerNorm before the
+    activation, ReLU (theirs after it, on OGBench GELU); mean|Q| is at least 1e-6; targets follow
+    the new networks (theirs the old policy; FQL's authors take all gradients at the old ones).
+ 2. Actions within 1 - 1e-5. Cut episodes keep their last rows, with their own action as the next
+    one. Rounds begin with fresh episodes.
+ 3. Weights are the code's; the paper's table has others for Hopper's medium and expert data.
+ 4. Ours are other MuJoCo data, mazes (OGBench's point maze and medium antmaze, too), kitchen,
+    Adroit's one preset, the short run. Minari's antmaze goes on at the goal: values reach 100,000.
 """
 
 # /// script
@@ -68,7 +70,7 @@ class Config:
     dataset: str = "hopper/sac-medium-replay-v0"  # Minari id, on this machine
     env_id: str = ""  # Gymnasium id; default: the dataset's evaluation environment
     offline_steps: int = 1_000_000  # updates on the dataset
-    online_steps: int = 100_000  # environment steps after that, per seed
+    online_steps: int = 1_000_000  # environment steps after that, per seed
     interval: int = 10_000  # updates or environment steps per round: train, evaluate, save
     eval_episodes: int = 10  # per evaluation and seed; more than 10 in tens
     run_dir: str = ""  # folder of this run; default: runs/<script>/<dataset>/seed<seed>
@@ -88,18 +90,17 @@ class Config:
     policy_learning_rate: float = 1e-3  # Adam, policy
     # ReBRAC
     actor_imitation: float = 0.01  # the paper's beta_1: weight of the imitation; Q's size is 1
-    critic_imitation: float = 0.01  # the paper's beta_2: weight of the target's penalty
+    critic_imitation: float = 0.01  # the paper's beta_2: weight of the target's penalty, offline
+    online_imitation: float = 0.5  # online beta_1 falls in a line, to this share of it
     policy_delay: int = 2  # updates of the critic per update of the policy and of both targets
     target_noise: float = 0.2  # standard deviation, on the target policy's actions
     noise_clip: float = 0.5  # of that noise
-    exploration_noise: float = 0.1  # standard deviation, on the actions executed in training
+    exploration_noise: float = 0.0  # standard deviation, on the actions executed in training
     offline_ratio: float = 0.5  # of every online batch, from the dataset
-    warmup_steps: int = 1_000  # environment steps before the first online update
 
 
 SLOW = dict(batch_size=256, learning_rate=3e-4, policy_learning_rate=3e-4)
-OGBENCH = SLOW | dict(hidden_dims=(512,) * 4, online_steps=1_000_000)
-OGBENCH |= dict(eval_episodes=50, interval=50_000)
+OGBENCH = SLOW | dict(hidden_dims=(512,) * 4, eval_episodes=50, interval=50_000)
 MAZE = SLOW | dict(learning_rate=5e-5, discount=0.999, actor_imitation=1e-3, critic_imitation=0.0)
 PRESETS = {  # auto: the first whose name is in the dataset's or the environment's, else mujoco
     "sac-medium-replay": SLOW | dict(  # hopper's medium-replay, in a few minutes
@@ -184,6 +185,7 @@ class Agent:
     target_actor_params: Any
     target_critic_params: Any
     offline_actor_params: Any  # of the policy at the switch
+    offline_updates: jax.Array  # of the critic, until then; ()
     key: jax.Array
 
 
@@ -202,6 +204,7 @@ def create_agent(key, observation, action, config):
         target_actor_params=jax.tree.map(jnp.copy, actor_params),
         target_critic_params=jax.tree.map(jnp.copy, critic_params),
         offline_actor_params=jax.tree.map(jnp.copy, actor_params),
+        offline_updates=jnp.zeros((), jnp.int32),
         key=key,
     )
 
@@ -240,7 +243,7 @@ def gradient_step(train_state, loss_fn, *args):
 
 
 def update(agent, batch, config):
-    """One update in the order of the authors' code: Q; in every policy_delay-th one pi, against
+    """One update in the order of ReBRAC's code: Q; in every policy_delay-th one pi, against
     the new Q, and both targets."""
     key, critic_key = jax.random.split(agent.key)
     critic, critic_info = gradient_step(agent.critic, critic_loss, agent, batch, critic_key, config)
@@ -258,6 +261,14 @@ def update(agent, batch, config):
     nothing = jax.tree.map(jnp.zeros_like, jax.eval_shape(delayed, agent)[1])
     agent, actor_info = jax.lax.cond(due, delayed, lambda agent: (agent, nothing), agent)
     return agent, critic_info | actor_info
+
+
+def online_update(agent, batch, config):
+    """The same with beta_1 on its line, from 1 to online_imitation, and without beta_2."""
+    steps = agent.critic.step - agent.offline_updates  # (), online
+    share = jnp.maximum(1.0 - steps / config.online_steps, config.online_imitation)  # ()
+    weights = dict(actor_imitation=share * config.actor_imitation, critic_imitation=0.0)
+    return update(agent, batch, dataclasses.replace(config, **weights))
 
 
 def explore(agent, observation, key, config):
@@ -339,28 +350,16 @@ def following_actions(rows):
 
 
 def rebrac_round(agents, buffers, run, first, last):
-    """An online round, in which rows get their next actions a step later. Before the first one, at
-    the switch, the target policy becomes the policy, the offline one is kept, and both optimisers
-    begin anew: Adam with zeros."""
+    """An online round. Before the first one, at the switch, the offline policy is kept, and after
+    how many updates that was."""
     if first == 0:
-        target, offline = jax.tree.map(jnp.copy, (agents.actor.params, agents.actor.params))
-        agents = agents.replace(target_actor_params=target, offline_actor_params=offline)
-        for name, network in (("actor", agents.actor), ("critic", agents.critic)):
-            zeros = jax.tree.map(jnp.zeros_like, network.opt_state)
-            agents = agents.replace(**{name: network.replace(opt_state=zeros)})
-    before = None  # the rows (S, ...) of the step before
+        kept = jax.tree.map(jnp.copy, (agents.actor.params, agents.critic.step))
+        agents = agents.replace(offline_actor_params=kept[0], offline_updates=kept[1])
 
-    def store(buffers, rows, position):
-        nonlocal before
-        if before is not None:
-            following = np.where(before.ends[:, None] > 0, before.actions, rows.actions)
-            place = (position - 1) % buffers.rewards.shape[1]
-            filled = insert(buffers.next_actions, following, place)
-            buffers = buffers.replace(next_actions=filled)
-        before = rows
+    def store(buffers, rows, position):  # any next action does: online nothing depends on it
         return insert(buffers, rows.replace(next_actions=rows.actions), position)
 
-    train = partial(online_round, update=update, warmup=run[0].warmup_steps, store=store)
+    train = partial(online_round, update=online_update, store=store)
     agents, buffers, info = train(agents, buffers, run, first, last)
     moved = distance(agents, agents.offline_actor_params, buffers, last, run[0])
     return agents, buffers, info | {"distance_to_offline": moved}

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RULE = "# ==== The same bytes in every script from here"
 MAY_DIFFER = {
     "Config", "PRESETS", "MAZE", "KITCHEN", "OGBENCH", "ADROIT", "WIDE", "SMALL", "INIT_FROM",
-    "METRICS", "Agent", "create_agent", "create_member",
+    "FAR", "METRICS", "Agent", "create_agent", "create_member",
     "critic_loss", "actor_loss", "value_loss", "temperature_loss", "conservative_difference",
     "update", "online_update", "phases", "online_batch", "explore", "act", "main",
 }  # fmt: skip

@@ -1,6 +1,7 @@
 """OGBench's recipe; ReBRAC and FQL: losses by hand, next actions, a flow that clones two modes, and
 a one-step policy where it is known to stand."""
 
+import dataclasses
 import subprocess
 import sys
 from functools import partial
@@ -59,24 +60,24 @@ def test_rebrac_losses(rebrac):
     jax.tree.map(close, (found, gradient), wanted)
 
 
-def test_next_actions_of_data_and_buffer(rebrac, pendulum, tmp_path):
-    """An episode's next row's action, at its end its own; in a ring that overflows, too."""
-    flags = ["--dataset", pendulum, "--hidden-dims", "8", "--batch-size", "16", "--num-seeds", "2",
-             "--eval-episodes", "1", "--interval", "250", "--offline-steps", "10",
-             "--online-steps", "330", "--warmup-steps", "320", "--buffer-size", "300",
-             "--run-dir", str(tmp_path)]  # fmt: skip
-    rebrac.main(flags)
-    arrays, _ = rebrac.load(tmp_path)
-    in_time = np.arange(30, 330) % 300
-    names = ("actions", "next_actions", "ends")
-    for actions, found, ends in zip(
-        *(arrays[f"buffers/{x}"][:, in_time] for x in names), strict=True
-    ):
-        expected = np.where(ends[:-1, None] > 0, actions[:-1], actions[1:])
-        np.testing.assert_array_equal(found[:-1], expected)
-        np.testing.assert_array_equal(found[-1], actions[-1])
-        np.testing.assert_array_equal(np.flatnonzero(ends), [169, 219, 299])
-    config, data, env = rebrac.parse_config(flags)
+def test_rebrac_online(rebrac):
+    """beta_2 is 0; beta_1 falls in a line to a half and stays there, wherever offline ended."""
+    config = rebrac.Config(**SIZES, critic_imitation=0.7, actor_imitation=0.4, online_steps=8)
+    batch = batch_of(rebrac, 0).replace(next_actions=batch_of(rebrac, 1).actions)
+    agent, losses = fresh(rebrac, config).replace(offline_updates=np.int32(1_001)), []
+    for done, share in ((0, 1.0), (2, 0.75), (4, 0.5), (6, 0.5)):  # each moves the policy
+        now = agent.replace(critic=agent.critic.replace(step=1_001 + done))
+        weights = dict(actor_imitation=0.4 * share, critic_imitation=0.0)
+        _, wanted = rebrac.update(now, batch, dataclasses.replace(config, **weights))
+        _, found = rebrac.online_update(now, batch, config)
+        jax.tree.map(close, found, wanted)
+        losses.append(float(found["actor_loss"]))
+    assert losses[0] > losses[1] > losses[2] == losses[3]
+
+
+def test_next_actions(rebrac, pendulum):
+    """An episode's next row's action, at its end its own."""
+    config, data, env = rebrac.parse_config(["--dataset", pendulum])
     rows, _ = rebrac.load_dataset(config, data, env)
     following, last = rebrac.following_actions(rows), np.flatnonzero(rows.ends)
     np.testing.assert_array_equal(following[last], rows.actions[last])
