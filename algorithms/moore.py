@@ -22,11 +22,13 @@ No code is public: this is a reconstruction from the paper and MOPO's code (tian
  1. Online the models make an update per step; the paper's, every 250 steps, as many as converge.
     They have no hold-out rows and no elites (of MOPO's seven the best five count).
  2. Rollouts are made anew for every update and stored nowhere; the paper's, 100,000 every 250
-    steps, are kept. One that ends begins again where it began; `termination` is the rule.
+    steps, are kept. One that ends, by the rule `termination`, begins again where it began;
+    without a rule none ends.
  3. real_share of a batch are the rows the rollouts begin at, as in MOPO's code, online, too.
  4. Rows are drawn in proportion to their priority; the paper does not give the exponent of its
     prioritised replay, nor its decay (the paper's alpha; it tried 0.1 to 10).
- 5. horizon and penalty are MOPO's. Beyond locomotion and in the short run all settings are ours.
+ 5. horizon and penalty are MOPO's for Minari's medium data and D4RL's medium-replay, here of all
+    other locomotion; the target entropy is -1 per dimension (MOPO's -3). All else is ours.
  6. Rounds begin with fresh episodes, the last ones are cut off, as by a time limit.
 """
 
@@ -131,7 +133,7 @@ METRICS = {  # the algorithm's own columns of metrics.csv, with their healthy ra
     "entropy": "-log pi of the policy's own actions (nats); settles at the target entropy",
     "dynamics_loss": "negative log-likelihood (nats, without constants), summed over models; falls",
     "deviation": "mean of max_m |sigma_m| over model rows; times penalty below a reward's size",
-    "online_share": "of the rows drawn online; rises as the dataset's priority falls",
+    "online_share": "share of new rows among those drawn online; rises as old priorities fall",
     "temperature": "price of a nat of entropy; from 1 to where the entropy is at its target",
 }
 
@@ -421,7 +423,7 @@ def act(agent, observations, config):
 
 # --------------------------------------------------------------------------------- Dynamics model
 def terminated(x, rule):
-    """Whether an episode ends in raw observations (B, O), by the environment's own rule."""
+    """Whether an episode ends in raw observations (B, O), by the environment's rule or MBPO's."""
     small = (jnp.abs(x) < 100).all(axis=1)  # (B,)
     if rule == "hopper":
         high, upright = x[:, 0] > 0.7, jnp.abs(x[:, 1]) < 0.2

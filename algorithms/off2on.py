@@ -22,14 +22,14 @@ might have met, old or new: a network tells how much likelier a row is to be new
 
 Deviations from the authors' code (github.com/shlee94/Off2OnRL):
  1. Its CQL agents come ready-made, five runs of a million updates; ours are cql.py's (deviations
-    there), but of two layers, with one next action, a fixed weight. They see the same batches.
- 2. After 1,000 frozen steps come 10,000 updates, then one after every step; theirs follow every
-    1,000 steps as 1,000 updates, and episodes begin anew there. Ours begin anew with a round; the
-    last are cut off as by a time limit, but time limits' own last rows, which they skip, stay.
+    there: MuJoCo's observations are normalised, online, too), but of two layers, with one next
+    action, a fixed weight. They see the same batches.
+ 2. After 1,000 frozen steps come 10,000 updates (their README's example: 5,000, new_share 0.75),
+    then one after every step; theirs follow every 1,000 steps as 1,000, with new episodes. Ours
+    begin anew with a round, the last are cut off; time limits' last rows, which they skip, stay.
  3. The temperature's loss is linear in it, not in its logarithm; log-stds have a learnt scale and
-    shift; initialisation is orthogonal. All priorities are one array, not a tree of sums: the same
-    row is drawn but for rounding. 1,000 a block, since one cumulative sum of a million takes 14 ms.
- 4. Beyond MuJoCo the presets are ours, and so is the short run's: three members.
+    shift; initialisation is orthogonal. All priorities are one array, not a tree: same rows.
+ 4. Beyond MuJoCo the presets are ours, and so is the short run's: all of SMALL.
 """
 
 # /// script
@@ -92,7 +92,7 @@ class Config:
     hidden_dims: tuple[int, ...] = (256, 256)  # widths of every network
     critic_hidden_dims: tuple[int, ...] = (256, 256)  # but of the critics these
     learning_rate: float = 3e-4  # Adam, every network
-    policy_learning_rate: float = 1e-4  # but for policy and temperature this
+    policy_learning_rate: float = 1e-4  # but offline, for policy and temperature, this
     warmup_steps: int = 1_000  # environment steps before the first online update
     first_updates: int = 10_000  # updates after the last of them; then one per step
     # SAC and CQL

@@ -7,17 +7,17 @@ once; whether a policy becomes the new reference is decided by rolling it out in
 
     Lei, He, Lu, Hu, Gao, Xu: Uni-O4, arXiv 2311.03351
 
-    cloning      L_i  = -E[ log pi_i(a | s) ] - diversity_weight * E[ log (pi_i / max_j pi_j) ]
-    expectile    L_V  = E[ |expectile - 1(u < 0)| u^2 ], u = min_k Qtarget_k(s, a) - V(s)
-    critic       L_Q  = E[ sum_k (r + discount * V(s') - Q_k(s, a))^2 ]
+    cloning      L_i  = -E[ log pi_i(a | s) ] - diversity_weight * E[ log (pi_i / max_j!=i pi_j) ]
+    expectile    L_V  = E[ |expectile - 1(u < 0)| u^2 ], u = min_i Qtarget_i(s, a) - V(s)
+    critic       L_Q  = E[ sum_i (r + discount * V(s') - Q_i(s, a))^2 ]
     dynamics     L_T  = sum_m E[ |mu_m - y|^2 / sigma_m^2 + log sigma_m^2 ], y = (s' - s, r)
     PPO          L_pi = -E[ min(rho * A, clip(rho, 1 - clip_ratio, 1 + clip_ratio) * A) ],
-     offline     rho  = pi(a | s) / pi_k(a | s), a ~ pi_k(s), A = min_k Q_k(s, a) - V(s), normalised
+     offline     rho  = pi(a | s) / pi_k(a | s), a ~ pi_k(s), A = min_i Q_i(s, a) - V(s), normalised
      online      as in ppo.py, from the member with the highest J and the offline V
-    AM-Q         J(pi) = E[ sum_t min_k Q_k(s_t, pi(s_t)) ] over `horizon` steps in the model; the
+    AM-Q         J(pi) = E[ sum_t min_i Q_i(s_t, pi(s_t)) ] over `horizon` steps in the model; the
                  reference pi_k becomes pi where J(pi) > J(pi_k), asked every amq_interval updates
 
-    python algorithms/uni_o4.py                                                    # both phases
+    python algorithms/uni_o4.py                                                    # all phases
     python algorithms/uni_o4.py --online-steps 0 --dataset mujoco/hopper/medium-v0  # offline only
     python algorithms/uni_o4.py --dataset "" --env-id Hopper-v5 --shift friction=0.4,mass=1.3
 
@@ -25,7 +25,7 @@ The last is the paper's sim-to-real story: a policy trained in the plain world p
 physics (where it is evaluated from the beginning) for collect_steps, is improved offline on these
 data alone, and fine-tuned there.
 
-Deviations from the paper; where (c) stands, presets *-code do as the authors' code does
+Deviations from the paper or its code; where (c) stands, presets *-code do as the code does
  1. AM-Q asks candidate and incumbent from the same states with the same noise, sums Q, and deploys
     the last accepted policy; theirs averages Q over the rows alive, compares with the best score
     ever seen, deploys the last policy (c, and in mazes). Every elite steps as many rows.
@@ -34,13 +34,15 @@ Deviations from the paper; where (c) stands, presets *-code do as the authors' c
  3. AM-Q alone chooses the member; theirs is the best of three by its score in the environment.
  4. A time limit is no termination. Actions are clipped before Q sees them; PPO scores raw ones.
  5. Online the log-std passes tanh once, V's change is not clipped; theirs: twice, by 0.05 (c).
- 6. One reward scale serves all phases; no running scale, V is not fitted again.
+ 6. One reward scale serves all phases; no running scale, V is not fitted again. Without a dataset
+    observations are as they are.
  7. IQL's critics everywhere; two of their scripts use SARSA and Monte-Carlo. Orthogonal layers with
     gain sqrt(2), but small outputs of the policies, whose std begins at 0.5 (theirs 0.08).
  8. The model sees the agent's units, divided by the data's std plus 1e-3 (theirs: 1e-10), its
     members all rows (theirs: a bootstrap sample each); rounds cut epochs. The offline clip is
     constant (theirs from update 200 on). Members are cloned side by side.
- 9. A preset has one horizon and rate of those searched; ours: ogbench, pointmaze, mazes online.
+ 9. A preset has one horizon and rate of those searched; ours: ogbench, pointmaze; mazes, kitchen
+    and relocate online.
 10. Rounds begin with fresh episodes, the last ones are cut off, as by a time limit.
 """
 
@@ -132,7 +134,7 @@ class Config:
     amq_interval: int = 100  # updates between two queries
     amq_starts: int = 510  # dataset states per query, a multiple of num_elites
     horizon: int = 1000  # steps of a rollout in the model
-    termination: str = ""  # rule that ends a rollout, see terminated
+    termination: Literal["", "hopper", "walker2d", "halfcheetah", "pen", "maze"] = ""  # of rollouts
     # PPO online
     rollout_steps: int = 2_048  # environment steps between two improvements
     minibatch_size: int = 128  # transitions per online update
@@ -193,22 +195,19 @@ CHANGES = (  # a preset, the one it inherits from, what it changes; special ones
                          normalize_observations=True, **LARGE_MODEL)),
     ("kitchen/complete", "kitchen", dict(cloning_steps=100_000, critic_steps=500_000, horizon=10,
                                          normalize_observations=False)),
-    ("kitchen/mixed", "kitchen", dict(diversity_weight=0.0)),
     ("maze", "", dict(reward_scale=10.0, reward_shift=-5.0, expectile=0.9, horizon=70,
                       critic_hidden_dims=(256,) * 3, value_hidden_dims=(256,) * 3,
                       improvement_learning_rate=3e-5, amq="code", termination="maze",
                       successes_only=True, eval_episodes=50, interval=51_200, **LARGE_MODEL)),
     ("antmaze/large", "maze", dict(horizon=200)),
     ("antmaze/medium", "maze", dict(horizon=150)),
-    ("antmaze/umaze-diverse", "maze", dict(model_hidden_dims=(200,) * 4,
-                                           model_learning_rate=1e-3)),
+    ("antmaze/umaze-diverse", "maze", dict(model_hidden_dims=(200,) * 4, model_learning_rate=1e-3)),
     ("ogbench", "maze", dict(reward_shift=0.0, termination="")),
 )  # fmt: skip
 PRESETS = {}  # auto: the first whose name is in the dataset's or the environment's, else mujoco
 for preset, parent, changes in CHANGES:
     PRESETS = {preset: PRESETS.get(parent, {}) | changes} | PRESETS
 PRESETS |= {f"{name}-code": settings | CODE for name, settings in PRESETS.items()}
-PRESETS |= {f"{name}-cpu": PRESETS[name] | CPU for name in ("hopper", "walker2d", "halfcheetah")}
 INIT_FROM = ("uni_o4",)  # scripts whose agents --init-from takes
 METRICS = {  # the algorithm's own columns of metrics.csv, with their healthy range
     "cloning_loss": "negative log-likelihood of the members (nats), mean; falls, then flat",
@@ -278,7 +277,7 @@ def ensemble(network, size):
 
 class BoundedGaussianPolicy(nn.Module):
     """pi: (B, O) -> a diagonal Gaussian over (B, A), not squashed. Mean in (-1, 1), log std in
-    (-5, 0), at first log 0.5. In Uni-O4's code the log std passes its tanh twice online."""
+    (-5, 0), at first log 0.5; in Uni-O4's code it passes its tanh twice online (first log 0.39)."""
 
     hidden_dims: tuple[int, ...]
     action_dim: int
@@ -553,9 +552,7 @@ def improve_members(agent, batch, config):
 
 def generalised_advantages(agent, rollout, config):
     """GAE of a rollout (T, ...) in the order of time: advantages and the values V(s), both (T,).
-
-    `ends` cut the sum, for whatever reason; `masks` say whether the next state has a value.
-    """
+    `ends` cut the sum, for whatever reason; `masks` say whether the next state has a value."""
     values = agent.value.apply_fn(agent.value.params, rollout.observations)  # (T,)
     next_values = agent.value.apply_fn(agent.value.params, rollout.next_observations)  # (T,)
     deltas = rollout.rewards + config.discount * rollout.masks * next_values - values  # (T,)
@@ -626,7 +623,7 @@ def judge_models(agent, held, config):
 
 
 def terminated(x, rule):
-    """Whether an episode ends in raw observations (B, O), by the environment's own rule."""
+    """Whether an episode ends in raw observations (B, O), by the environment's rule or MBPO's."""
     small = (jnp.abs(x) < 100).all(axis=1)  # (B,)
     if rule == "hopper":
         high, upright = x[:, 0] > 0.7, jnp.abs(x[:, 1]) < 0.2
@@ -650,28 +647,27 @@ def amq_scores(agent, params, key, states, units, config):
     models = agent.dynamics.params | {"models": models}
 
     def one_policy(params, key):
-        def step(_, carry):
-            x, alive, total, count, key = carry  # (P, O), (P,), (), (), (2,)
-            policy = agent.references.apply_fn(params, x)
-            actions = jnp.clip(policy.mean(), -1.0, 1.0)  # (P, A)
+        def step(carry, key):
+            x, alive = carry  # (P, O), (P,)
+            actions = jnp.clip(agent.references.apply_fn(params, x).mean(), -1.0, 1.0)  # (P, A)
             q = agent.critic.apply_fn(agent.critic.params, x, actions).min(axis=0)  # (P,)
-            total, count = total + jnp.where(alive, q, 0.0).sum(), count + alive.sum()
-            key, model_key = jax.random.split(key)
-            order_key, noise_key = jax.random.split(model_key)
+            alive &= jnp.isfinite(q)  # a model may run away
+            order_key, noise_key = jax.random.split(key)
             order = jax.random.permutation(order_key, len(x))  # every elite steps as many rows
             order = order.reshape(config.num_elites, -1)  # (E, P / E)
             mean, log_var = predict(agent, models, x[order], actions[order])  # (E, P / E, O + 1)
             change = mean + jnp.exp(0.5 * log_var) * jax.random.normal(noise_key, mean.shape)
             following = x.at[order].add(change[..., :-1])  # (P, O)
             raw = (following - units[1]) / units[0]  # (P, O)
-            alive &= ~terminated(raw, config.termination) & jnp.isfinite(raw).all(axis=1)
-            return jnp.where(alive[:, None], following, x), alive, total, count, key
+            goes_on = alive & ~terminated(raw, config.termination) & jnp.isfinite(raw).all(axis=1)
+            following = jnp.where(goes_on[:, None], following, x)  # (P, O)
+            return (following, goes_on), (jnp.where(alive, q, 0.0).sum(), alive.sum())
 
         rows_key, key = jax.random.split(key)
         x = states[jax.random.randint(rows_key, (config.amq_starts,), 0, len(states))]  # (P, O)
-        begin = x, jnp.ones(len(x), bool), 0.0, 0, key
-        _, _, total, count, _ = jax.lax.fori_loop(0, config.horizon, step, begin)
-        return total / (len(x) if config.amq == "paper" else count)
+        begin, keys = (x, jnp.ones(len(x), bool)), jax.random.split(key, config.horizon)
+        _, (q, count) = jax.lax.scan(step, begin, keys)  # (H,), (H,)
+        return q.sum() / (len(x) if config.amq == "paper" else count.sum())
 
     keys = jax.random.split(key, config.num_members)  # (N, 2)
     keys = jnp.broadcast_to(key, keys.shape) if config.amq == "paper" else keys
@@ -755,6 +751,8 @@ def phases(config):
     """The run, phase by phase: name, number of steps, and what one round of them does."""
     if config.interval % config.rollout_steps or config.rollout_steps % config.minibatch_size:
         raise SystemExit("--interval, --rollout-steps, --minibatch-size: multiples of the next")
+    if config.amq_starts % config.num_elites or config.num_elites > config.num_models:
+        raise SystemExit("--amq-starts: a multiple of --num-elites, at most --num-models")
     cloning, fitting = (partial(offline_round, update=x) for x in (clone, fit_critics))
     if config.dataset:
         yield "clone", config.cloning_steps, partial(on_own_rows, cloning, successes=True)
@@ -779,8 +777,8 @@ def shorter_rounds(rounds, config):
 
 @lru_cache
 def pretraining(config):
-    """ppo.py's settings, for a policy from nothing; its optimisers of policy and V. Cached: for jit
-    another optimiser is another program."""
+    """Mostly ppo.py's settings, for a policy from nothing; its optimisers of policy and V. Cached:
+    for jit another optimiser is another program."""
     settings = dict(clip_ratio=0.2, value_clip=0.0, entropy_weight=0.0, epochs=10)
     config = dataclasses.replace(config, online_steps=config.pretrain_steps, **settings)
     return config, clipped_adam(3e-4, config), clipped_adam(1e-3, config)

@@ -164,7 +164,7 @@ class Value(nn.Module):
 
 class BoundedGaussianPolicy(nn.Module):
     """pi: (B, O) -> a diagonal Gaussian over (B, A), not squashed. Mean in (-1, 1), log std in
-    (-5, 0), at first log 0.5. In Uni-O4's code the log std passes its tanh twice online."""
+    (-5, 0), at first log 0.5; in Uni-O4's code it passes its tanh twice online (first log 0.39)."""
 
     hidden_dims: tuple[int, ...]
     action_dim: int
@@ -233,9 +233,7 @@ class Sample:
 
 def generalised_advantages(agent, rollout, config):
     """GAE of a rollout (T, ...) in the order of time: advantages and the values V(s), both (T,).
-
-    `ends` cut the sum, for whatever reason; `masks` say whether the next state has a value.
-    """
+    `ends` cut the sum, for whatever reason; `masks` say whether the next state has a value."""
     values = agent.value.apply_fn(agent.value.params, rollout.observations)  # (T,)
     next_values = agent.value.apply_fn(agent.value.params, rollout.next_observations)  # (T,)
     deltas = rollout.rewards + config.discount * rollout.masks * next_values - values  # (T,)
