@@ -127,11 +127,11 @@ def constant_critic(agent, value):
 
 
 def test_amq_sums_q_along_the_models_rollouts(uni_o4):
-    """Q is 2 everywhere and nothing ends: 2 per step, 5 steps; the code's form is a mean."""
+    """Where Q is 2: 2 per step, 5 steps; the code's form is a mean. Where Q is infinite: ended."""
     states, units = jnp.asarray(batch_of(uni_o4, 0).observations), (np.ones(OBS), np.zeros(OBS))
-    for amq, expected in (("paper", 10.0), ("code", 2.0)):
+    for amq, q, expected in (("paper", 2.0, 10.0), ("code", 2.0, 2.0), ("paper", np.inf, 0.0)):
         config = uni_o4.Config(**OFFLINE, amq=amq)
-        agent = constant_critic(fresh(uni_o4, config), 2.0)
+        agent = constant_critic(fresh(uni_o4, config), q)
         agent = agent.replace(input_mean=np.zeros(OBS + A), input_std=np.ones(OBS + A))
         ask = partial(uni_o4.amq_scores, agent, agent.members.params, jax.random.PRNGKey(0))
         scores = ask(states=states, units=units, config=config)
