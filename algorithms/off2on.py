@@ -23,7 +23,7 @@ might have met, old or new: a network tells how much likelier a row is to be new
 Deviations from the authors' code (github.com/shlee94/Off2OnRL):
  1. Its CQL agents come ready-made, five runs of a million updates; ours are cql.py's (deviations
     there: MuJoCo's observations are normalised, online, too), but of two layers, with one next
-    action, a fixed weight. They see the same batches.
+    action, a fixed weight. They see the same batches. Online all rates are learning_rate.
  2. After 1,000 frozen steps come 10,000 updates (their README's example: 5,000, new_share 0.75),
     then one after every step; theirs follow every 1,000 steps as 1,000, with new episodes. Ours
     begin anew with a round, the last are cut off; time limits' last rows, which they skip, stay.
@@ -92,7 +92,7 @@ class Config:
     hidden_dims: tuple[int, ...] = (256, 256)  # widths of every network
     critic_hidden_dims: tuple[int, ...] = (256, 256)  # but of the critics these
     learning_rate: float = 3e-4  # Adam, every network
-    policy_learning_rate: float = 1e-4  # but offline, for policy and temperature, this
+    policy_learning_rate: float = 1e-4  # but for policy and temperature this
     warmup_steps: int = 1_000  # environment steps before the first online update
     first_updates: int = 10_000  # updates after the last of them; then one per step
     # SAC and CQL
