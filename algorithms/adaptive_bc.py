@@ -28,7 +28,8 @@ compares with the average, as eq. 2 and not the box.
     1) an episode's score is, as in evaluation, whether it terminated or had a positive return.
  2. At the switch dataset rows, drawn with replacement, fill the buffer; its last fifth is sampled
     beside the new rows, until these overwrite it. The authors' ring begins with 50,000 of 250,000
-    rows (5 % of the dataset where that is more), which go first once it is full: the same mix.
+    rows (5 % of the dataset where that is more), which go first once it is full: up to 1M rows
+    the same mix.
  3. An episode that the end of a round cuts does not count for the rule: its return is not whole.
     In rounds not much longer than episodes short ones count more.
  4. One weight, offline and online's first and largest; walker2d-random's, 100 and 0.4, are two

@@ -16,7 +16,7 @@ rows are learnt from greedily, as in TD3, the full buffer's conservatively, as i
     python algorithms/apl.py                              # the dataset in this repository
     python algorithms/apl.py --utd-ratio 1 --online-steps 50000
 
-Deviations from the authors' code (github.com/zhan0903/APL0, agents/td3_bc_gc.py):
+Deviations from the authors' code (github.com/zhan0903/APL0, td3_bc_gc.py, for D4RL's -v0):
  1. utd_ratio updates follow each environment step but the first 1,000. Theirs: 1,000 steps, 10,000
     updates, and so on, 101 times; greedy ones are first made after 11,000 steps, ours after 10,001.
  2. Rounds begin with fresh episodes, theirs every 1,000 steps. Cut episodes keep their last rows.

@@ -82,7 +82,7 @@ class Config:
     reward_shift: float = 0.0  # see reward_scale
     batch_size: int = 256  # transitions per update
     discount: float = 0.99  # per step
-    tau: float = 0.005  # both targets: fraction of the new network per update of the policy
+    tau: float = 0.005  # targets: fraction of the new network, offline per update of the policy
     buffer_size: int = 1_000_000  # online transitions kept, per seed; the oldest go first
     hidden_dims: tuple[int, ...] = (256, 256)  # widths of every network
     learning_rate: float = 3e-4  # Adam, critics
@@ -93,7 +93,7 @@ class Config:
     target_noise: float = 0.2  # standard deviation, on the target policy's actions
     noise_clip: float = 0.5  # of that noise
     exploration_noise: float = 0.1  # standard deviation, on the actions executed in training
-    offline_ratio: float = 0.5  # of every online batch, from the dataset
+    offline_ratio: float = 0.5  # of an online batch: dataset and first warmup_steps transitions
     warmup_steps: int = 25_000  # environment steps before the first online update
     # BOORL
     num_members: int = 5  # agents

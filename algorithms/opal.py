@@ -22,10 +22,10 @@ Deviations. The authors' code is not public: a reconstruction, held to a third p
 (github.com/hij0527/OPAL-PyTorch, branch phase1) in the autoencoder, its loss and the windows.
  1. The task is learnt by IQL, in the paper by CQL. All its settings are ours, kitchen has none.
  2. Going on online from the offline task policy is ours, with an update per skill, on windows and
-    skills played, half and half. The paper's online runs are SAC or PPO, from nothing.
+    skills played, half and half. The paper's: SAC or PPO from nothing (third party: KL to rho).
  3. R is discounted, as in the paper (third party: a plain sum, and 0.99 per skill).
  4. pi is not tuned again on relabelled windows, the same as it was trained on, and plays its mean.
- 5. Standard deviations in exp([-5, 2]) ([-10, 2]), 100,000 updates on 256 windows (200,000 on 50).
+ 5. Log-std in [-5, 2] ([-10, 2]); 100,000 updates on 256 windows (200,000 on 50, 100 clipped).
  6. Rounds begin with fresh episodes. A skill that an end cuts counts as whole, as c steps, too.
 """
 

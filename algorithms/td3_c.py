@@ -33,8 +33,8 @@ Deviations from the authors' code (there is none: from the code of its neighbour
     target, no reference that follows the best evaluation; softplus for exp, rates 1e-2 for 5e-5
     (multiplier) and 3e-4 for 1e-4 (policy), violations and slack weigh the same.
  3. PROTO (arXiv 2305.15669): TD3+BC before it, not XQL; no penalty in the critic's target, whose
-    actions are noisy here; 0.8 as its 2 is beside 2.5 Q; other replay, noise and reward scale.
- 4. As in td3_bc.py: the switch, mazes, OGBench, initialisation, clipped actions, rows, episodes.
+    actions are noisy here; 0.8 as its 2 is beside 2.5 Q; LayerNorm, replay, noise, units differ.
+ 4. As in td3_bc.py: the switch, presets, initialisation, clipped actions, rows, episodes.
 """
 
 # /// script
@@ -113,7 +113,7 @@ class Config:
     reference_period: int = 100  # updates of the policy from one periodic reference to the next
     dual: Literal["learned", "annealed"] = "learned"  # the multiplier; annealed: PROTO's
     multiplier: float = 1.0  # price of D at the switch
-    multiplier_max: float = 100.0  # largest one that is learnt
+    multiplier_max: float = 100.0  # largest eta; the learned multiplier is its softplus
     dual_learning_rate: float = 1e-2  # Adam, the learned multiplier
     anneal_updates: int = 555_556  # of the policy until the annealed multiplier is 0
 

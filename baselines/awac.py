@@ -17,14 +17,14 @@ dataset, and the same losses go on, an update per step.
 Deviations from the authors' code (github.com/rail-berkeley/rlkit, examples/awac):
  1. Weights are the paper's exp(beta * A), at most 100, as in CORL; theirs are a softmax over the
     batch times its size, and in hand manipulation A is clipped to 0.5 and V is Q of pi's mean.
- 2. From CORL: lambda of 0.1 (theirs 2 and 0.5), three layers, batches of 256 (1024), normalised
+ 2. From CORL: lambda 0.1 (theirs 2 and 0.5), three layers, batch 256 (128, then 1024), normalised
     observations, no weight decay of the policy (1e-4), Q unbounded (at most 0 in manipulation).
  3. 1,000,000 updates offline, as CORL (25,000 to 50,000), then one per step from the first one on;
-    theirs collect 1,000 steps and make 1,000 updates in turn.
+    theirs collect 2,000 steps first, then 1,000, each time for 1,000 updates.
  4. IQL's policy: log of the std in [-5, 2], from 0 (theirs [-6, 0], from -3); sampled actions are
     clipped. pi learns after Q, with the new Q (theirs with the old). Orthogonal initialisation.
- 5. Rounds begin with fresh episodes. Cut episodes keep their last rows. OGBench, kitchen, point
-    mazes, the scale of rewards in locomotion and the short run of sac-medium-replay are ours.
+ 5. Rounds begin with fresh episodes, cut ones keep their last rows; antmaze goes on at its goal.
+    OGBench, kitchen, point mazes, locomotion's scale and lambda (CORL 1/3), the short run are ours.
 """
 
 # /// script

@@ -16,7 +16,7 @@ and V go on from the offline phase, which is IQL's.
              a_1 = mode of pi_offline(s), a_2 ~ pi_new(s), P(a_k) = softmax_k(sharpness * Q(s, a_k))
              with Q(s, a_k) = min_i Q_i(s, a_k); so, too, is what is done in the environment
 
-    python baselines/pex.py  # or --init-from RUN, of this script or, in the same units, of iql.py
+    python baselines/pex.py  # or --init-from RUN, offline, of iql.py in the same units
 
 Deviations from the authors' code (github.com/Haichao-Zhang/PEX):
  1. Evaluation is greedy: the new policy proposes its mode, the better proposal is taken; theirs
@@ -25,8 +25,8 @@ Deviations from the authors' code (github.com/Haichao-Zhang/PEX):
  2. Proposals are clipped to the box before Q is asked. The critics' losses are summed, theirs are
     averaged. Offline updates are in iql.py's order: pi before Q, both with the new V.
  3. The online phase keeps the optimisers of Q and V; theirs are new. Orthogonal initialisation.
- 4. Cut episodes keep their last rows; rounds begin with fresh episodes. OGBench, kitchen, Adroit,
-    point mazes and the short run are ours, with iql.py's settings, so that its runs go on here.
+ 4. Rounds begin with fresh episodes, cut ones keep their last rows; antmaze goes on at its goal.
+    OGBench, kitchen, Adroit, point mazes and the short run are ours, with iql.py's settings.
 """
 
 # /// script

@@ -21,8 +21,8 @@ Deviations from the authors' code (github.com/ikostrikov/rlpd):
  2. The log-std is clipped to [-10, 2] as in sac.py, where theirs is to [-20, 2].
  3. Kitchen, PointMaze and the default's short budget (`utd_ratio` 4) are ours; Adroit here is
     D4RL's dense one, theirs the binary one. Antmaze is evaluated less often, on more episodes.
-    OGBench has FQL's paper's settings (arXiv 2502.02538; its code takes the minimum), ReLU for
-    GELU, and our uniform start, order of updates, initialisation and log-std (theirs from -5).
+    OGBench has FQL's paper's settings (arXiv 2502.02538; its code takes the minimum), discount 0.99
+    everywhere, LayerNorm, then ReLU (GELU, then LayerNorm), our start, update, init and log-std.
  4. With --offline-steps, one minibatch per update (theirs 20), and no uniform start after it.
  5. Rounds begin with fresh episodes, the last ones are cut off, as by a time limit. Minari's
     antmaze goes on at the goal, whose value is 0 all the same (collect.py goals ends it there).

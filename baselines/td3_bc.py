@@ -11,10 +11,10 @@ imitate: the policy may leave where the critic is right, which only distance_to_
     bc      L_pi = -q_weight / mean|Q_1(s, pi(s))| * E[ Q_1(s, pi(s)) ] + E[ (pi(s) - a)^2 ]
     td3     L_pi = -1 / mean|Q_1(s, pi(s))| * E[ Q_1(s, pi(s)) ]
 
-    python baselines/td3_bc.py --online-loss td3  # or, too, --init-from RUN --run-dir NEW
+    python baselines/td3_bc.py --online-loss td3  # or --init-from RUN, offline, --run-dir NEW
 
 Deviations from the authors' code (github.com/sfujim/TD3_BC):
- 1. Ours are mazes, OGBench and the online phase: first 1,000 steps of the noisy offline policy; the
+ 1. Ours: mazes, OGBench, the short run, the online phase: first 1,000 noisy offline steps; the
     target policy is then the policy, Adam anew; plain TD3 divides Q by mean|Q|, too, at least 1e-6.
  2. Orthogonal layers, actions within 1 - 1e-5, last rows of cut episodes, fresh ones in a round.
 """
