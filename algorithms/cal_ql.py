@@ -18,8 +18,8 @@ Deviations from the authors' code (github.com/nakamotoo/Cal-QL):
  2. Online, after 1,000 steps of the frozen policy, every step has one update, not every episode as
     many as its steps; the return of an episode in play is unknown and bounds nothing. Rounds begin
     with fresh episodes; the last are cut off as by a time limit, and so are their returns.
- 3. Locomotion (rewards raw) and dense Adroit have CORL's CQL settings (it calibrates offline only),
-    OGBench FQL's authors'; Kitchen goes on after its fourth subtask, raw rewards. PointMaze: ours.
+ 3. Locomotion (rewards raw; two layers in the short run) and dense Adroit have CORL's CQL settings
+    (it calibrates offline only), OGBench FQL's authors'. PointMaze: ours. Kitchen goes on after 4.
  4. Minari's antmaze goes on at the goal: values tend to 500 where the authors' end at 5, returns by
     the rule "infinite", too; the bound is slack. `collect.py goals` ends episodes there.
 """
@@ -586,7 +586,7 @@ def named_arrays(**trees):
 
 
 def save(folder, arrays, meta):
-    """metrics.csv, then checkpoint.npz: a kill at any moment leaves the old one or the new one."""
+    """metrics.csv, then checkpoint.npz: a kill leaves the old checkpoint or the new one, whole."""
     temporary = folder / f"checkpoint.{os.urandom(4).hex()}.tmp"
     names = ("phase", "step", "seed", *METRICS, "return", "score", "updates_per_second", "seconds")
     try:

@@ -22,7 +22,7 @@ Deviations from Cal-QL's authors' code (JaxCQL's; CQL's own takes max_j, then mi
  2. Online, after 1,000 frozen steps, every step has an update (theirs: episodes). Rounds begin with
     fresh episodes; the last ones, and so their returns, are cut off as by a time limit.
  3. Locomotion (but raw rewards) and dense Adroit follow CORL, except in its one buffer; PointMaze
-    and OGBench are ours. Kitchen goes on after four subtasks, Minari's antmaze at the goal: values
+    is ours, OGBench FQL's. Kitchen goes on after 4 subtasks, Minari's antmaze at the goal: values
     tend to 500, the authors' end at 5 (as with collect.py goals). CORL clips D in antmaze, at -200.
 """
 
@@ -586,7 +586,7 @@ def named_arrays(**trees):
 
 
 def save(folder, arrays, meta):
-    """metrics.csv, then checkpoint.npz: a kill at any moment leaves the old one or the new one."""
+    """metrics.csv, then checkpoint.npz: a kill leaves the old checkpoint or the new one, whole."""
     temporary = folder / f"checkpoint.{os.urandom(4).hex()}.tmp"
     names = ("phase", "step", "seed", *METRICS, "return", "score", "updates_per_second", "seconds")
     try:

@@ -19,7 +19,7 @@ it disagrees, which is where there is something to learn.
     python algorithms/enoto.py                                    # the dataset in this repository
     python algorithms/enoto.py --dataset mujoco/hopper/medium-v0  # any Minari dataset here
 
-There is no official code. Known are the abstract, Algorithm 1, and figures 2 to 4 in the notes of a
+There is no official code. Known are the abstract, Algorithm 1, and figures 1 to 6 in the notes of a
 student (github.com/Hanzawa-Jeb/RL-Workspace):
  1. Algorithm 1: train OfflineRL-N; remove its pessimistic term, if possible; the target becomes the
     weighted pair minimum; "introducing SUNRISE to encourage exploration".
@@ -128,7 +128,7 @@ PRESETS = {  # auto: the first whose name is in the dataset's or the environment
     "adroit": THREE_LAYERS | dict(cql_alpha=1.0, backup_actions=10, difference_range=(-200.0, 1e9)),
     "mujoco": THREE_LAYERS | MUJOCO_CQL,
 }
-INIT_FROM = ("enoto", "cql")  # scripts whose agents --init-from takes
+INIT_FROM = ("enoto", "cql")  # scripts whose agents --init-from takes; cql: --target-critics N
 METRICS = {  # the algorithm's own columns of metrics.csv, with their healthy range
     "critic_loss": "squared TD error, summed over critics; bounded, may grow with q",
     "difference": "soft maximum of Q minus Q of the data; offline; falls",
@@ -580,7 +580,7 @@ def named_arrays(**trees):
 
 
 def save(folder, arrays, meta):
-    """metrics.csv, then checkpoint.npz: a kill at any moment leaves the old one or the new one."""
+    """metrics.csv, then checkpoint.npz: a kill leaves the old checkpoint or the new one, whole."""
     temporary = folder / f"checkpoint.{os.urandom(4).hex()}.tmp"
     names = ("phase", "step", "seed", *METRICS, "return", "score", "updates_per_second", "seconds")
     try:

@@ -38,9 +38,9 @@ Deviations from the authors' code (github.com/MaxSobolMark/PolicyAgnosticRL):
  5. Online time is counted in environment steps. Rounds begin with fresh episodes; the last ones are
     cut off, as by a time limit, and learnt from like finished ones.
  6. With --critic iql, whose release does not run, V has ReLUs, no LayerNorm, and learns before Q
-    from a random pair of critics. RLPD's critic, images and OpenVLA are not here.
+    from a random pair of critics; tau 0.002, 2 layers there. RLPD, images, OpenVLA: not here.
  7. Ours: the Gaussian's settings, default run, presets of PointMaze, OGBench, Adroit, MuJoCo (the
-    last two with a scalar Q: no bound is known); kitchen's online rate, diffusion's, is for all.
+    last two with a scalar Q: no bound is known). Kitchen's is not in the release: one rate for all.
 """
 
 # /// script
@@ -152,7 +152,7 @@ PRESETS = {  # auto: the first whose name is in the dataset's or the environment
         critic_hidden_dims=(128, 128), num_critics=2, batch_size=64),  # a CPU does it in minutes
     "ogbench/cube-double": SPARSE | dict(value_range=(-200.0, 0.0)),  # -1 for every object
     "ogbench/scene": SPARSE | dict(value_range=(-500.0, 0.0)),
-    "ogbench/puzzle": SPARSE | dict(value_range=(-900.0, 0.0)),
+    "ogbench/puzzle": SPARSE | dict(value_range=(-900.0, 0.0)),  # of 3x3
     "ogbench": SPARSE,
     "maze": SPARSE | dict(reward_shift=-1.0, eval_episodes=100),  # antmaze, pointmaze
     "kitchen": dict(reward_shift=-4.0, value_bins=128, value_range=(-400.0, 0.0), eval_episodes=50,
@@ -817,7 +817,7 @@ def named_arrays(**trees):
 
 
 def save(folder, arrays, meta):
-    """metrics.csv, then checkpoint.npz: a kill at any moment leaves the old one or the new one."""
+    """metrics.csv, then checkpoint.npz: a kill leaves the old checkpoint or the new one, whole."""
     temporary = folder / f"checkpoint.{os.urandom(4).hex()}.tmp"
     names = ("phase", "step", "seed", *METRICS, "return", "score", "updates_per_second", "seconds")
     try:

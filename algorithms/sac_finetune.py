@@ -32,13 +32,13 @@ Deviations from the authors' code (github.com/zhouzypaul/wsrl, github.com/Qinwen
     their own. Our pair is drawn without replacement, and not for the difference; the policy's std
     depends on the state in antmaze, too, its log with a learnt scale and shift. The temperature is
     exp, not softplus, of what is learnt, and takes the entropy in s, not s'; it and the policy see
-    the last of the critic's minibatches, not all. Budgets are ours.
- 3. naive and mixed update the critic first; WSRL's code, at one update per step, takes all
-    gradients at the old parameters. The first 1,000 steps are the frozen policy's, too. Rounds
+    the last of the critic's minibatches, not all. Budgets are ours; domains cql.py's.
+ 3. All modes update the critic first; the authors', but for WSRL's own, take all gradients at the
+    old parameters. The first 1,000 steps (WSRL's code: 256) are the frozen policy's, too. Rounds
     begin with fresh episodes; the last are cut off as by a time limit. cql.py's hold, too.
  4. The conservative mode is a reconstruction. From OCR-CFT are the limit's line and a multiplier,
-    not its loss, reconstruction and alignment of the critic, penalty in the target, 10 updates per
-    step, multiplier's rate (5e-5) or reference, the best policy so far (--reference
+    not its loss, reconstruction and alignment of the critic, penalty and entropy in the target, 10
+    updates a step, multiplier's rate (5e-5) or reference, the best policy so far (--reference
     average wants both limits near 0.004). The multiplier stays in 1e-3 ... 100; the temperature is
     held, for the bound may not let the entropy reach its target.
 """
@@ -124,8 +124,8 @@ class Config:
     critic_updates: int | None = None  # per online update, a minibatch each; see MODES
     online_backup_actions: int = 1  # backup_actions, online
     reference: Literal["frozen", "average"] = "frozen"  # policy of the conservative mode
-    kl_limit: float = 0.125  # of the KL divergence from the reference (nats), at the switch
-    kl_limit_end: float = 2.0  # after kl_steps updates; in between a line
+    kl_limit: float = 0.125  # of the KL from the reference (nats), at the switch; experts: 0.005
+    kl_limit_end: float = 2.0  # after kl_steps updates, in between a line; experts: 0.125
     kl_steps: int = 100_000  # see kl_limit_end
     kl_learning_rate: float = 1e-2  # Adam, the KL's multiplier
 
@@ -689,7 +689,7 @@ def named_arrays(**trees):
 
 
 def save(folder, arrays, meta):
-    """metrics.csv, then checkpoint.npz: a kill at any moment leaves the old one or the new one."""
+    """metrics.csv, then checkpoint.npz: a kill leaves the old checkpoint or the new one, whole."""
     temporary = folder / f"checkpoint.{os.urandom(4).hex()}.tmp"
     names = ("phase", "step", "seed", *METRICS, "return", "score", "updates_per_second", "seconds")
     try:

@@ -459,7 +459,7 @@ def named_arrays(**trees):
 
 
 def save(folder, arrays, meta):
-    """metrics.csv, then checkpoint.npz: a kill at any moment leaves the old one or the new one."""
+    """metrics.csv, then checkpoint.npz: a kill leaves the old checkpoint or the new one, whole."""
     temporary = folder / f"checkpoint.{os.urandom(4).hex()}.tmp"
     names = ("phase", "step", "seed", *METRICS, "return", "score", "updates_per_second", "seconds")
     try:
