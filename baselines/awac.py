@@ -348,9 +348,8 @@ def make_env(source):
     """The environment of a source (load_dataset's), in all but statistics in the agent's units."""
     units, wrap = {name: np.array(x) for name, x in source["units"].items()}, gym.wrappers
     spec = gym.envs.registration.EnvSpec.from_json(source["environment"])
-    env = wrap.RecordEpisodeStatistics(gym.make(spec, disable_env_checker=True))
-    if isinstance(env.observation_space, gym.spaces.Dict):
-        env = wrap.FlattenObservation(env)
+    env = gym.make(spec, disable_env_checker=True)
+    env = wrap.FlattenObservation(wrap.RecordEpisodeStatistics(env))
     box = gym.spaces.Box(-1.0, 1.0, env.action_space.shape)
     env = wrap.TransformAction(env, lambda x: np.clip(x, -1, 1) * units["actions"], box)
     env = wrap.TransformReward(env, lambda x: rescale(x, *units["rewards"]))
@@ -364,7 +363,7 @@ def load_dataset(config, data, env):
     zeros = np.zeros((1, gym.spaces.flatdim(env.observation_space)))  # (1, O)
     rows = Batch(zeros, high[None] * 0, np.zeros(1), zeros, np.ones(1), np.ones(1))
     for episode in data.iterate_episodes() if data else ():
-        leaves = jax.tree.leaves(episode.observations)  # of Dicts as FlattenObservation does it
+        leaves = jax.tree.leaves(episode.observations)  # Dicts by sorted key, as gymnasium's spaces
         observations = np.concatenate([x.reshape(len(x), -1) for x in leaves], axis=1)  # (T + 1, O)
         ends = np.append(episode.terminations[:-1], True)  # (T,), a termination inside is one, too
         step = observations[:-1], episode.actions, episode.rewards, observations[1:]
@@ -382,15 +381,16 @@ def load_dataset(config, data, env):
     if data and config.normalize_observations:
         std = rows.observations.std(axis=0, dtype=np.float64) + 1e-3
         units["observations"] = 1 / std, -rows.observations.mean(axis=0, dtype=np.float64) / std
+    whole = all(np.isfinite(x).all() and len(x) == len(rows.ends) for x in jax.tree.leaves(rows))
+    sizes = rows.observations.shape[1:] + rows.actions.shape[1:]
+    if not whole or sizes != zeros.shape[1:] + high.shape or not np.isfinite(scale):
+        raise SystemExit(f"{config.dataset}: bad rows, baselines/collect.py check says which")
     rows = rows.replace(
         observations=rescale(rows.observations, *units["observations"]),
         actions=np.clip(rows.actions / high, -1 + 1e-5, 1 - 1e-5).astype(np.float32),
         rewards=rescale(rows.rewards, *units["rewards"]),
         next_observations=rescale(rows.next_observations, *units["observations"]),
     )
-    finite = all(np.isfinite(x).all() for x in jax.tree.leaves(rows))
-    if not finite or rows.observations.shape[1] != zeros.shape[1]:
-        raise SystemExit(f"{config.dataset}: bad rows, baselines/collect.py check says which")
     return rows, {
         "environment": env.spec.to_json(),
         "units": jax.tree.map(lambda x: np.asarray(x).tolist(), units),
@@ -438,7 +438,7 @@ def evaluate(agents, envs, source, config, first):
     """Mean return and score (S,) of the `first` and the next episodes, always the same."""
     shape = config.num_seeds, envs.num_envs // config.num_seeds
     seeds = [10_000 * (config.seed + i) + first + episode for i, episode in np.ndindex(*shape)]
-    np.random.seed(seeds)  # OGBench's mazes draw their starts from this generator
+    np.random.seed([x % 2**32 for x in seeds])  # OGBench's mazes draw their starts from it
     (observations, _), (returns, reached) = envs.reset(seed=seeds), np.full((2, len(seeds)), np.inf)
     while np.isinf(returns).any():
         actions = np.asarray(act_all(agents, observations.reshape(*shape, -1), config))
@@ -504,8 +504,8 @@ def parse_config(arguments):
         if config.dataset:
             data = minari.MinariDataset(at) if at.exists() else minari.load_dataset(config.dataset)
         env = gym.make(config.env_id) if config.env_id else data.recover_environment(eval_env=True)
-        if (env.action_space.low != -env.action_space.high).any():
-            raise ValueError("the box of its actions is not symmetric")
+        if not (np.isfinite((box := env.action_space).high) & (box.low == -box.high)).all():
+            raise ValueError("the box of its actions is not symmetric and finite")
     except Exception as error:  # not here, not installed, damaged
         words = f"--dataset {config.dataset} --env-id {config.env_id}: {error}"
         raise SystemExit(f"{words} (`minari download ID`, or baselines/collect.py)") from None
@@ -549,7 +549,7 @@ def main(arguments=None):
     if config.wandb:
         import wandb
 
-        name = "-".join(folder.resolve().parts[1:])[-100:]
+        name = "-".join(folder.resolve().parts[1:])[-100:].replace(":", "-")
         wandb.init(project="offline-to-online", id=name, resume="allow", config=said)
     skip = -1 if config.init_from else 0  # then the first round has no steps: the score before
     rounds = [

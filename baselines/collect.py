@@ -2,8 +2,8 @@
 
 The training scripts trust a dataset; this is where it is doubted. Every row is checked for what
 spoils training in silence: missing steps, values that are not finite, actions outside the box,
-sizes that do not fit the environment, time limits called terminations. A refusal is one line: the
-field, the row and what helps.
+sizes that do not fit the environment (and time limits called terminations: a warning). A refusal
+is one line: the field, the row and what helps.
 
     python baselines/collect.py convert hopper.hdf5 --env-id Hopper-v4 --id mine/hopper-v0
     python baselines/collect.py check mine/hopper-v0
@@ -15,26 +15,29 @@ field, the row and what helps.
 
 `convert` reads D4RL's keys. Actions that use the environment's box are written in [-1, 1], with
 RescaleAction around the environment; if all lie in [-1, 1] inside a larger box, they stay. A row
-whose next observation is not in the file, at a time limit, is dropped. D4RL's antmaze (29 numbers)
-goes with AntMaze_*-v5, turned and shifted into D4RL's geometry, torques and time step.
+whose next observation is not in the file, at a time limit, is dropped; at a termination it counts
+as unchanged. D4RL's antmaze (29 numbers) is shifted into AntMaze_*-v5, turned, with its torques and
+time step (10 of 0.01 s, there 5 of 0.02), a goal radius of 0.45 (0.5), starts and goals all around
+their cells' centres; its rows at the goal, where the ant walks on, are an episode each. Adroit's
+rewards take the palm's distance with the sign opposite to D4RL's files and references.
 
 `pointmaze` follows D4RL's maze2d: a point mass is steered to random goals, by a PD controller on
-the shortest path from cell to cell, with noise on its actions.
+the shortest path from cell to cell, with noise on its actions (D4RL's option --noisy).
 
     Fu et al.: D4RL: Datasets for Deep Data-Driven Reinforcement Learning, arXiv 2004.07219
 
     action = 10 * (waypoint - position) - velocity + noise * N(0, 1), clipped to the box;
-    a waypoint is passed within 0.1 of it, the last one is the goal itself
+    a waypoint is passed within 0.1 of it, the last one is the goal itself (D4RL: its cell's centre)
 
 Training and evaluation happen in a maze with one start and one goal cell, those of D4RL's antmaze:
 an episode ends at the goal with reward 1, so that the score is the success rate. Start and goal
 are up to a quarter of a cell off their cell's centre, in the data as in the evaluation.
 
 Deviations from D4RL's maze2d sets (scripts/generation/generate_maze2d_datasets.py):
- 1. An episode ends at its goal, which the observation contains, as in antmaze. In maze2d nothing
+ 1. An episode ends at its goal, which the observation contains. In maze2d nothing
     ends: the ball rolls on from goal to goal, and the observation does not say where they are.
- 2. 30 % of the goals are in the evaluation's goal cell, as in our antmaze sets; the others are
-    uniform over the free cells, as all are in maze2d.
+ 2. 30 % of the goals are in the evaluation's goal cell; the others are uniform over the free
+    cells, as all are in maze2d.
  3. Gymnasium-Robotics' PointMaze: its goal radius is 0.45 and the offset above 0.25, not 0.5, 0.1.
  4. Breadth-first search plans paths of the same lengths, over cells' centres (D4RL: up to 0.2 off).
 
@@ -43,13 +46,10 @@ in mazes the way from cell to cell, walked by a point or by an ant that sac.py h
 noise. Rewards are those of one task: minus the number of things not in place, in the state before
 the action; a step from a state in which all are is a termination, though the recording goes on.
 
-    Park, Frans, Eysenbach, Levine: OGBench, arXiv 2410.20092; facts from its package, 1.2.2
+    Park, Frans, Eysenbach, Levine: OGBench, arXiv 2410.20092; its package 1.2.2, data_gen_scripts
 
 Deviations: 1,001 steps of a recording, not 1,000; the walker, in runs/ogbench-walker, is our SAC
-(ReLU, initialisation, updates in turn).
-
-D4RL's antmaze data in today's simulator: a step is 10 of 0.01 s, where D4RL's was 5 of 0.02 s, and
-start and goal are drawn around their cells' centres, D4RL's goal only on the far side of it.
+(ReLU, initialisation, updates in turn, log-std from -10).
 """
 
 # /// script
@@ -191,7 +191,8 @@ def sha256(file):
 
 
 # ------------------------------------------------------------------------------------ Environments
-REFERENCE_RETURNS = {  # random and expert return, from D4RL (Fu et al. 2020, its infos.py)
+REFERENCE = ("ref_min_score", "ref_max_score")  # in a dataset's metadata
+REFERENCE_RETURNS = {  # random and expert, from D4RL's infos.py; not Pen, twice as long here
     "HalfCheetah-v4": (-280.178953, 12135.0),
     "Hopper-v4": (-20.272305, 3234.3),
     "Walker2d-v4": (1.629008, 4592.3),
@@ -354,6 +355,7 @@ def summarize(source, episodes, env, reference):
 
 
 # ------------------------------------------------------------------------------------- D4RL's files
+FLOATS = ("observations", "actions", "rewards", "next_observations")
 FIELDS = ("observations", "actions", "rewards", "terminals")
 FIELDS += ("timeouts", "next_observations", "seg_end_index", "seg_end_next_observations")
 
@@ -412,8 +414,7 @@ def read_flat_file(file):
     fields = read_fields(file)
     check_fields(fields, file)
     ends = fields["terminals"].reshape(-1).astype(bool)
-    floats = ("observations", "actions", "rewards", "next_observations")
-    rows = {name: fields[name].astype(np.float32) for name in floats if name in fields}
+    rows = {name: fields[name].astype(np.float32) for name in FLOATS if name in fields}
     rows |= {"rewards": rows["rewards"].reshape(-1), "terminals": ends.copy()}
     observations, segments = rows["observations"], fields.get("seg_end_index", np.zeros(0, int))
     ends |= fields.get("timeouts", ends).reshape(-1).astype(bool)
@@ -425,7 +426,7 @@ def read_flat_file(file):
         known = np.ones(len(ends), bool)
     else:  # the next row, except at an end: there the file may give it, else it is unknown
         following = np.concatenate([observations[1:], observations[-1:]])
-        following[ends] = observations[ends]  # a stand-in, which is never looked at
+        following[ends] = observations[ends]  # a stand-in, which no value is learnt from
         known = rows["terminals"] | ~ends
         if "seg_end_next_observations" in fields:
             following[segments.reshape(-1)] = fields["seg_end_next_observations"]
@@ -442,10 +443,9 @@ def split_episodes(rows):
         first = last + 1
         if part.start == part.stop:
             continue
-        following = rows["next_observations"][part][-1:]
-        observations = np.concatenate([rows["observations"][part], following])
-        terminals = rows["terminals"][part]
-        yield episode_buffer(observations, rows["actions"][part], rows["rewards"][part], terminals)
+        own = {name: x[part] for name, x in rows.items()}
+        observations = np.concatenate([own["observations"], own["next_observations"][-1:]])
+        yield episode_buffer(observations, own["actions"], own["rewards"], own["terminals"])
 
 
 def unit_actions(env, actions):
@@ -491,8 +491,7 @@ def convert(request):
         rows["ends"], rows["known"] = rows["ends"] | lost, rows["known"] & ~lost
         for name in ("observations", "next_observations"):
             rows[name][:, :2] += origin
-    numbers = ("observations", "actions", "rewards", "next_observations")
-    check_rows({name: rows[name] for name in numbers}, env, source)
+    check_rows({name: rows[name] for name in FLOATS}, env, source)
     env, rows["actions"] = unit_actions(env, rows["actions"])
     episodes = list(split_episodes(rows))
     if not episodes:
@@ -569,8 +568,7 @@ def write_dataset(request, episodes, env, eval_env, algorithm, description, refe
 def write_reference(dataset, reference):
     """Reference returns into a dataset's metadata, where scripts look for them."""
     if reference:
-        names = "ref_min_score", "ref_max_score"
-        dataset.storage.update_metadata(dict(zip(names, reference, strict=True)))
+        dataset.storage.update_metadata(dict(zip(REFERENCE, reference, strict=True)))
 
 
 def pack(path):
@@ -629,7 +627,7 @@ def check(request):
             env = make_environment(partial(dataset.recover_environment, eval_env=True))
     check_episodes(episodes, env, request.id)
     metadata = dataset.storage.metadata
-    known = [metadata.get(name) for name in ("ref_min_score", "ref_max_score")]
+    known = [metadata.get(name) for name in REFERENCE]
     reference = None if None in known else known
     if request.write_reference:
         reference = reference_returns(env.spec)
@@ -655,6 +653,8 @@ def goals(request):
 
     cut = []
     for episode in episodes:
+        if not np.isin(episode.rewards, (0, 1)).all():
+            fail(f"{request.source}: its rewards are not 0 and, at the goal, 1")
         at_goal = episode.rewards > 0  # (T,)
         steps = 1 + int(at_goal.argmax()) if at_goal.any() else len(at_goal)
         rest = episode.actions[:steps], episode.rewards[:steps], at_goal[:steps]
@@ -784,9 +784,8 @@ def pointmaze(request):
     env, eval_env = maze_environments(request.maze)
     episodes = list(maze_episodes(env, MAZES[request.maze][2], request))
     algorithm = f"D4RL's waypoint controller, breadth-first plan, action noise {request.noise}"
-    goals = f"random starts, {GOAL_SHARE:.0%} of the goals in the evaluation's cell"
-    about = f"PointMaze {request.maze}, D4RL's recipe: {goals}; reward 1 and end at the goal"
-    about = f"{about}; seed {request.seed}, {request.steps} steps"
+    about = f"PointMaze {request.maze}, D4RL's recipe, {GOAL_SHARE:.0%} of goals in the evaluation"
+    about += f"'s cell; reward 1 and end at the goal; seed {request.seed}, {request.steps} steps"
     write_dataset(request, episodes, env, eval_env, algorithm, about)
 
 
@@ -809,19 +808,16 @@ def oracles_of(env, world):
     """{target: oracle}; which one plays is in the environment's info."""
     from ogbench.manipspace.oracles import plan
 
-    names = {"cube": "Cube", "button": "Button", "drawer": "Drawer", "window": "Window"}
-    found = {}
-    for target, name in names.items():
+    found, closed = {}, {"gripper_always_closed": True} if "puzzle" in world else {}
+    for target, options in {"cube": {}, "button": closed, "drawer": {}, "window": {}}.items():
         module = importlib.import_module(f"{plan.__name__}.{target}_plan")
-        closed = "puzzle" in world and target == "button"
-        oracle = getattr(module, f"{name}PlanOracle")
-        options = {"gripper_always_closed": True} if closed else {}
+        oracle = getattr(module, f"{target.title()}PlanOracle")
         found[target] = oracle(env=env, noise=0.1, noise_smoothing=0.5, **options)
     return found
 
 
 def manipulate(env, world, rng, seed, walk):
-    """One recording of the oracles: yields (observation, action, info after it)."""
+    """One recording of the oracles: yields (observation, action, the next one, its info)."""
     observation, info = env.reset(seed=seed)
     stack, oracles = rng.uniform(*P_STACK.get(world, (0.5, 0.5))), oracles_of(env, world)
     oracle = oracles[info["privileged/target_task"]]
@@ -839,7 +835,7 @@ def manipulate(env, world, rng, seed, walk):
 
 
 def navigate(env, world, rng, seed, walk):
-    """One recording in a maze, from vertex to vertex: yields (observation, action, info after)."""
+    """One recording in a maze, from vertex to vertex: yields as `manipulate` does."""
     wall = np.pad(env.unwrapped.maze_map, 1, constant_values=1) == 1
     up, down, left, right = wall[:-2, 1:-1], wall[2:, 1:-1], wall[1:-1, :-2], wall[1:-1, 2:]
     straight = ~up & ~down & left & right | up & down & ~left & ~right  # a corridor
@@ -895,7 +891,7 @@ def ogbench_world(request):
 
 
 def recording(request, number):
-    """One recording with the rewards of one task, as Minari's episode; None is played in vain."""
+    """One recording with the rewards of one task, Minari's episode; None where OGBench drops it."""
     env, task, walk = ogbench_world(request)
     seed = episode_seed(request.seed, number)
     np.random.seed(seed)  # the oracles draw from NumPy's global generator
@@ -903,15 +899,14 @@ def recording(request, number):
     played = record(env, request.world, np.random.default_rng([seed, 1]), seed, walk)
     observations, actions, following, infos = map(list, zip(*played, strict=True))
     qpos = np.stack([info["prev_qpos"] for info in infos])  # (T, P), of the states before
-    if request.world == "scene":  # its cube fell off the table, or into the drawer's side
+    if request.world == "scene":  # its cube fell off the table, or beside the drawer
         y, z = qpos[:, 15], qpos[:, 16]
         if (y >= 0.29).any() or ((y <= -0.3) & ((z < 0.06) | (z > 0.08))).any():
             return None
     rows = {"qpos": qpos}
     if "prev_button_states" in infos[0]:
         rows["button_states"] = np.stack([info["prev_button_states"] for info in infos])
-    name = f"{request.world}-singletask-task{request.task}-v0"
-    importlib.import_module("ogbench.relabel_utils").relabel_dataset(name, task, rows)
+    importlib.import_module("ogbench.relabel_utils").relabel_dataset(task.spec.id, task, rows)
     states = np.float32([*observations, following[-1]])  # (T + 1, O)
     return episode_buffer(states, np.float32(actions), rows["rewards"], rows["masks"] == 0)
 
@@ -932,21 +927,19 @@ def ogbench(request):
         train_walker(request)
     os.environ["JAX_PLATFORMS"] = "cpu"  # in many processes, a step at a time, to the same bits
     episodes, count, processes = [], 0, request.processes or os.cpu_count()
-    quiet = warnings.simplefilter, ("ignore",)  # as in this process
+    quiet, numbers = (warnings.simplefilter, ("ignore",)), itertools.count()  # as in this process
     with (
         ProcessPoolExecutor(processes, get_context("spawn"), *quiet) as pool,
         tqdm(total=request.steps, unit=" steps", disable=None) as bar,
     ):
         play_all = pool.map if processes > 1 else map
-        for first in itertools.count(0, processes):  # in turns: the same data whatever their number
-            numbers = range(first, first + processes)
-            for episode in play_all(partial(recording, request), numbers):
+        while count < request.steps:  # in turns: the same data whatever their number
+            turn = list(itertools.islice(numbers, processes))
+            for episode in play_all(partial(recording, request), turn):
                 if episode is not None and count < request.steps:
                     episodes.append(episode)
                     count += len(episode.rewards)
                     bar.update(len(episode.rewards))
-            if count >= request.steps:
-                break
     what = f"regenerated by OGBench's recipe: {world}, {kind}, task {task}, seed {request.seed}"
     goal = ogbench_world(request)[1]
     write_dataset(request, episodes, goal, goal, "OGBench's oracles", what, (0.0, 1.0))
@@ -966,6 +959,8 @@ def load_run(folder):
     spec = importlib.util.spec_from_file_location(f"run_{name}", file)
     script = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
+    if hasattr(script, "SkillEnvs"):
+        fail(f"{folder}: its actions are skills, not the environment's")
     try:
         arrays, meta = script.load(folder)
     except SystemExit as error:  # damaged, or not there yet
@@ -1017,6 +1012,8 @@ def rollout(request):
     check_ranges(request)
     check_new_id(request)
     script, said, arrays, rows = load_run(request.run)
+    if request.sampled and not hasattr(script, "explore"):
+        fail(f"--sampled: {said['script']}.py has no policy for training")
     env, scale = run_environment(said), np.array(said["units"]["actions"])
     policy = run_policy(script, said, arrays, request, env)
     raw = {"observations": (1.0, 0.0), "rewards": (1.0, 0.0), "actions": said["units"]["actions"]}
@@ -1066,11 +1063,12 @@ def replay(request):
     """The dataset of a run's replay buffer."""
     check_ranges(request)
     check_new_id(request)
-    _, said, arrays, log = load_run(request.run)
+    script, said, arrays, log = load_run(request.run)
     online = [r for r in log if r["phase"] == "online" and r["seed"] == said["seed"]]
     steps = max([row["step"] for row in online], default=0)
-    if steps == 0 or not arrays.get("buffers/ends", np.zeros(1)).any():
-        fail(f"{request.run}: no online transitions in its checkpoint")
+    kept = arrays.get("buffers/ends", np.zeros(1)).any() and not hasattr(script, "on_policy_round")
+    if steps == 0 or not kept:
+        fail(f"{request.run}: no online transitions in its checkpoint, as rows")
     env, rows = run_environment(said), replay_rows(said, arrays, steps)
     count = request.steps or len(rows["ends"])
     if request.share < 1.0:
@@ -1079,7 +1077,7 @@ def replay(request):
         reached = min([*good, steps])
         count = min(count, reached - steps + len(rows["ends"]))  # the ring has lost the oldest
         if level <= 0 or count <= 0:
-            fail(f"--share {request.share}: a return of {level}, reached at step {reached}")
+            fail(f"--share {request.share}: a return of {level} (> 0?), its rows are gone or none")
     if count > len(rows["ends"]):
         fail(f"--steps {count}: the buffer has {len(rows['ends'])}")
     rows = {name: x[:count] for name, x in rows.items()}

@@ -93,7 +93,7 @@ def evaluate(module, agents, source, config):
         envs = module.SkillEnvs(envs, {"agents": agents}, config)
     for first in range(0, config.eval_episodes, shape[1]):
         seeds = [10_000 * (config.seed + i) + first + j for i, j in np.ndindex(*shape)]
-        np.random.seed(seeds)  # OGBench's mazes draw their starts from this generator
+        np.random.seed([x % 2**32 for x in seeds])  # OGBench's mazes draw their starts from it
         observations = envs.reset(seed=seeds)[0]
         returns, reached = np.full((2, len(seeds)), np.inf)
         while np.isinf(returns).any():

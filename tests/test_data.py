@@ -205,6 +205,10 @@ def test_minari_episodes_end_where_they_end(iql):
     np.testing.assert_array_equal(rows.next_observations, expected + np.float32([0, 1]))
     np.testing.assert_allclose(rows.actions[:, 0], [0.1, 0.2, 0.3, 0.4, 0.5])
     assert source["reference"] == [None, None]
+    short = episode_buffer(first[:3], [[0.1], [0.2], [0.3]], [1.0, 2.0, 3.0])  # Minari's issue 199
+    minari.create_dataset_from_buffers("test/short-v0", [short], env="Plain-v0")
+    with pytest.raises(SystemExit, match="bad rows"):
+        load(iql, "test/short-v0")
 
 
 def test_dict_observations_are_flattened_like_the_environments(iql):

@@ -307,3 +307,28 @@ def test_evaluate_finds_those_starts_again(anywhere):
     assert len(np.unique(returns)) == 10
     wanted = float(read_metrics(folder)[-1]["return"])
     np.testing.assert_allclose(returns.mean(), wanted, rtol=1e-4)
+
+
+def test_seeds_of_ten_digits(iql, pendulum, tmp_path):
+    """OGBench's generator takes 32 bits; a round must not be lost to that."""
+    flags = ["--dataset", pendulum, "--hidden-dims", "8", "--batch-size", "16", "--interval", "10"]
+    flags += ["--offline-steps", "10", "--online-steps", "0", "--eval-episodes", "1"]
+    iql.main([*flags, "--seed", "2000000000", "--run-dir", str(tmp_path)])
+    assert len(read_metrics(tmp_path)) == 1
+
+
+def test_actions_of_another_width_are_refused(iql, pendulum):
+    config, data, env = iql.parse_config(["--dataset", pendulum])
+    env.action_space = gym.spaces.Box(-2.0, 2.0, (3,))
+    with pytest.raises(SystemExit, match="bad rows"):
+        iql.load_dataset(config, data, env)
+
+
+def test_an_infinite_box_is_refused(iql, pendulum):
+    class Endless(gym.Env):
+        observation_space = gym.spaces.Box(-1.0, 1.0, (3,))
+        action_space = gym.spaces.Box(-np.inf, np.inf, (1,))
+
+    gym.register("Endless-v0", Endless)
+    with pytest.raises(SystemExit, match="not symmetric and finite"):
+        iql.parse_config(["--dataset", pendulum, "--env-id", "Endless-v0"])

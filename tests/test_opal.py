@@ -191,3 +191,11 @@ def test_a_skill_plays_its_window_again_and_the_better_one_is_chosen(opal):
     agents, _ = opal.update_steps(agents, windows, config, opal.update, 300)
     chosen = opal.act(jax.tree.map(lambda x: x[0], agents), windows.observations[:, 0], config)
     assert np.abs(played(chosen) - wanted[np.argmax(windows.rewards)]).mean() < 0.2
+
+
+def test_a_run_of_skills_is_no_dataset(collect, tmp_path, capsys):
+    (tmp_path / "config.json").write_text('{"script": "opal", "units": {}}')
+    for command in ("replay", "rollout"):
+        with pytest.raises(SystemExit):
+            collect.main([command, str(tmp_path), "--id", "mine/skills-v0"])
+        assert "its actions are skills" in capsys.readouterr().err
