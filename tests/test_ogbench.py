@@ -332,3 +332,15 @@ def test_an_infinite_box_is_refused(iql, pendulum):
     gym.register("Endless-v0", Endless)
     with pytest.raises(SystemExit, match="not symmetric and finite"):
         iql.parse_config(["--dataset", pendulum, "--env-id", "Endless-v0"])
+
+
+def test_goals_of_dense_rewards_are_refused(collect, capsys):
+    """There every reward is above 0, so that every episode would end with its first step."""
+    env = gym.make("gymnasium_robotics:PointMaze_UMazeDense-v3", continuing_task=True)
+    observations = {name: np.zeros((3, *x.shape)) for name, x in env.observation_space.items()}
+    rest = np.zeros((2, 2)), [0.3, 0.4], np.zeros(2)
+    episode = collect.episode_buffer(observations, *rest)
+    minari.create_dataset_from_buffers("maze/dense-v0", [episode], env=env, eval_env=env)
+    with pytest.raises(SystemExit):
+        collect.main(["goals", "maze/dense-v0", "--id", "maze/dense-ends-v0"])
+    assert "rewards are not 0 and, at the goal, 1" in capsys.readouterr().err
