@@ -93,7 +93,7 @@ class Config:
     target_noise: float = 0.2  # standard deviation, on the target policy's actions
     noise_clip: float = 0.5  # of that noise
     exploration_noise: float = 0.1  # standard deviation, on the actions executed in training
-    offline_ratio: float = 0.5  # of an online batch: dataset and first warmup_steps transitions
+    offline_ratio: float = 0.5  # of every online batch, from the dataset
     warmup_steps: int = 25_000  # environment steps before the first online update
     # BOORL
     num_members: int = 5  # agents
