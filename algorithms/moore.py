@@ -28,7 +28,7 @@ No code is public: this is a reconstruction from the paper and MOPO's code (tian
  4. Rows are drawn in proportion to their priority; the paper does not give the exponent of its
     prioritised replay, nor its decay (the paper's alpha; it tried 0.1 to 10).
  5. horizon and penalty are MOPO's for Minari's medium data and D4RL's medium-replay, here of all
-    other locomotion; the target entropy is -1 per dimension (MOPO's -3). All else is ours.
+    other locomotion; target entropy -1 per dimension (MOPO's -3). Mazes, OGBench, short run: ours.
  6. Rounds begin with fresh episodes, the last ones are cut off, as by a time limit.
 """
 

@@ -28,7 +28,7 @@ Deviations from the authors' code (github.com/shlee94/Off2OnRL):
     then one after every step; theirs follow every 1,000 steps as 1,000, with new episodes. Ours
     begin anew with a round, the last are cut off; time limits' last rows, which they skip, stay.
  3. The temperature's loss is linear in it, not in its logarithm; log-stds have a learnt scale and
-    shift; initialisation is orthogonal. All priorities are one array, not a tree: same rows.
+    shift; orthogonal initialisation. Priorities: an array, no tree; same rows but for rounding.
  4. Beyond MuJoCo the presets are ours, and so is the short run's: all of SMALL.
 """
 

@@ -23,8 +23,8 @@ Deviations from the authors' code (github.com/MaxSobolMark/OOO, its IQL); the pa
     --init-from RUN --online-steps N), its bounds are of later rewards, too; ours hold min r and
     max r as well, returns of episodes that end, and online steps never overwrite the dataset.
  2. With no success a batch is uniform (theirs is smaller). Kitchen and antmaze go on at the goal;
-    of kitchen rows with most done are upsampled (whole episodes with four). Adroit is Minari's.
- 3. Theirs fails on maze2d (here pointmaze), Adroit and, retraining, kitchen. Others are ours.
+    of kitchen rows with most done are upsampled (theirs: whole episodes). Adroit is Minari's.
+ 3. Theirs fails on maze2d (here pointmaze), Adroit and, retraining, kitchen. Other presets: ours.
  4. Rounds begin with fresh episodes; cut ones keep their last rows. RND's moments are float32.
 """
 

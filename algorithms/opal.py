@@ -25,7 +25,7 @@ Deviations. The authors' code is not public: a reconstruction, held to a third p
     skills played, half and half. The paper's: SAC or PPO from nothing (third party: KL to rho).
  3. R is discounted, as in the paper (third party: a plain sum, and 0.99 per skill).
  4. pi is not tuned again on relabelled windows, the same as it was trained on, and plays its mean.
- 5. Log-std in [-5, 2] ([-10, 2]); 100,000 updates on 256 windows (200,000 on 50, 100 clipped).
+ 5. Log-std in [-5, 2] ([-10, 2]); 100,000 updates of 256 (200,000 of 50, the first 100 clipped).
  6. Rounds begin with fresh episodes. A skill that an end cuts counts as whole, as c steps, too.
 """
 

@@ -752,7 +752,7 @@ def phases(config):
     if config.interval % config.rollout_steps or config.rollout_steps % config.minibatch_size:
         raise SystemExit("--interval, --rollout-steps, --minibatch-size: multiples of the next")
     if config.amq_starts % config.num_elites or config.num_elites > config.num_models:
-        raise SystemExit("--amq-starts: a multiple of --num-elites, at most --num-models")
+        raise SystemExit("--amq-starts: a multiple of --num-elites, which is at most --num-models")
     cloning, fitting = (partial(offline_round, update=x) for x in (clone, fit_critics))
     if config.dataset:
         yield "clone", config.cloning_steps, partial(on_own_rows, cloning, successes=True)

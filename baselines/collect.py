@@ -18,8 +18,8 @@ RescaleAction around the environment; if all lie in [-1, 1] inside a larger box,
 whose next observation is not in the file, at a time limit, is dropped; at a termination it counts
 as unchanged. D4RL's antmaze (29 numbers) is shifted into AntMaze_*-v5, turned, with its torques and
 time step (10 of 0.01 s, there 5 of 0.02), a goal radius of 0.45 (0.5), starts and goals all around
-their cells' centres; its rows at the goal, where the ant walks on, are an episode each. Adroit's
-rewards take the palm's distance with the sign opposite to D4RL's files and references.
+their cells' centres; its rows at the goal, where the ant walks on, are an episode each. In
+today's Adroit the palm's distance has the sign opposite to D4RL's files and reference returns.
 
 `pointmaze` follows D4RL's maze2d: a point mass is steered to random goals, by a PD controller on
 the shortest path from cell to cell, with noise on its actions (D4RL's option --noisy).
@@ -784,8 +784,8 @@ def pointmaze(request):
     env, eval_env = maze_environments(request.maze)
     episodes = list(maze_episodes(env, MAZES[request.maze][2], request))
     algorithm = f"D4RL's waypoint controller, breadth-first plan, action noise {request.noise}"
-    about = f"PointMaze {request.maze}, D4RL's recipe, {GOAL_SHARE:.0%} of goals in the evaluation"
-    about += f"'s cell; reward 1 and end at the goal; seed {request.seed}, {request.steps} steps"
+    share = f"{GOAL_SHARE:.0%} of the goals in the evaluation's cell; reward 1 and end at the goal"
+    about = f"PointMaze {request.maze}: {share}; seed {request.seed}, {request.steps} steps"
     write_dataset(request, episodes, env, eval_env, algorithm, about)
 
 
@@ -1077,7 +1077,7 @@ def replay(request):
         reached = min([*good, steps])
         count = min(count, reached - steps + len(rows["ends"]))  # the ring has lost the oldest
         if level <= 0 or count <= 0:
-            fail(f"--share {request.share}: a return of {level} (> 0?), its rows are gone or none")
+            fail(f"--share {request.share}: a return of {level} must be above 0, its rows kept")
     if count > len(rows["ends"]):
         fail(f"--steps {count}: the buffer has {len(rows['ends'])}")
     rows = {name: x[:count] for name, x in rows.items()}

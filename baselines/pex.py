@@ -16,7 +16,7 @@ and V go on from the offline phase, which is IQL's.
              a_1 = mode of pi_offline(s), a_2 ~ pi_new(s), P(a_k) = softmax_k(sharpness * Q(s, a_k))
              with Q(s, a_k) = min_i Q_i(s, a_k); so, too, is what is done in the environment
 
-    python baselines/pex.py  # or --init-from RUN, offline, of iql.py in the same units
+    python baselines/pex.py  # or --init-from RUN, offline, of this script or iql.py
 
 Deviations from the authors' code (github.com/Haichao-Zhang/PEX):
  1. Evaluation is greedy: the new policy proposes its mode, the better proposal is taken; theirs

@@ -14,9 +14,9 @@ imitate: the policy may leave where the critic is right, which only distance_to_
     python baselines/td3_bc.py --online-loss td3  # or --init-from RUN, offline, --run-dir NEW
 
 Deviations from the authors' code (github.com/sfujim/TD3_BC):
- 1. Ours: mazes, OGBench, the short run, the online phase: first 1,000 noisy offline steps; the
-    target policy is then the policy, Adam anew; plain TD3 divides Q by mean|Q|, too, at least 1e-6.
- 2. Orthogonal layers, actions within 1 - 1e-5, last rows of cut episodes, fresh ones in a round.
+ 1. Ours: mazes, OGBench, the short run, the online phase: 1,000 steps of the noisy offline policy,
+    then its copy is the target policy, Adam anew; TD3, too, divides Q by mean|Q|, at least 1e-6.
+ 2. Orthogonal layers; actions within 1 - 1e-5; cut episodes' last rows; rounds begin new episodes.
 """
 
 # /// script

@@ -75,6 +75,17 @@ def test_rebrac_online(rebrac):
     assert losses[0] > losses[1] > losses[2] == losses[3]
 
 
+def test_rebrac_goes_on_without_the_penalty(rebrac, pendulum, tmp_path):
+    """In a whole run: a penalty of 1e6 is in the critic's loss offline, and not online."""
+    flags = ["--dataset", pendulum, "--hidden-dims", "8", "--batch-size", "16", "--interval", "10",
+             "--offline-steps", "10", "--online-steps", "20", "--eval-episodes", "1",
+             "--critic-imitation", "1e6", "--run-dir", str(tmp_path)]  # fmt: skip
+    rebrac.main(flags)
+    losses = [float(row["critic_loss"]) for row in read_metrics(tmp_path)]
+    assert losses[0] > 1e9 and max(losses[1:]) < 1e6
+    assert rebrac.load(tmp_path)[0]["agents/offline_updates"].tolist() == [10]
+
+
 def test_next_actions(rebrac, pendulum):
     """An episode's next row's action, at its end its own."""
     config, data, env = rebrac.parse_config(["--dataset", pendulum])
