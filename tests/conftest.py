@@ -16,8 +16,9 @@ from minari.data_collector import EpisodeBuffer
 ROOT = Path(__file__).resolve().parent.parent
 WORKER = os.environ.get("PYTEST_XDIST_WORKER", "")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Compiled quickly. At optimisation level 0, which is quicker, SAC's losses are not finite.
-os.environ.setdefault("XLA_FLAGS", "--xla_llvm_disable_expensive_passes=true")
+# Compiled quickly. At optimisation level 0, which is quicker, XLA's program of SAC is not finite.
+QUICKLY = "--xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
+os.environ.setdefault("XLA_FLAGS", QUICKLY)
 # Killed and resumed runs compile the same programs again. A folder per worker: what one writes the
 # other may not read in halves.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax" / WORKER))
