@@ -160,7 +160,7 @@ def show(values):
 
 def short(value):
     size = abs(value)
-    return f"{value:.{2 if size < 2 else 1 if size < 1000 else 0}f}".replace("-0.00", "0.00")
+    return f"{value:.{2 if 0 < size < 2 else 1 if size < 1000 else 0}f}".replace("-0.00", "0.00")
 
 
 def results_table(groups):
@@ -239,7 +239,7 @@ def claims_table(groups):
             for entry, key in (one, other):
                 runs = [{"0": 0}] * 3 if key == "0" else groups.get(("cpu", world, entry), [])
                 values.append([run[key] for run in runs if run[key] is not None])
-            cells.append(verdict(*values).removesuffix(", against 0.00 · 0.00 · 0.00"))
+            cells.append(verdict(*values).removesuffix(", against 0.0 · 0.0 · 0.0"))
         compared = " > ".join(f"`{entry}` {key}".removeprefix("`` ") for entry, key in (one, other))
         lines.append(f"| {claim['paper']}: {claim['says']} | {compared} | {' | '.join(cells)} |")
     return "\n".join(lines)
