@@ -239,7 +239,7 @@ def claims_table(groups):
             for entry, key in (one, other):
                 runs = [{"0": 0}] * 3 if key == "0" else groups.get(("cpu", world, entry), [])
                 values.append([run[key] for run in runs if run[key] is not None])
-            cells.append(verdict(*values).removesuffix(", against 0.0 · 0.0 · 0.0"))
+            cells.append(verdict(*values).split(", against" if key == "0" else "\n")[0])
         compared = " > ".join(f"`{entry}` {key}".removeprefix("`` ") for entry, key in (one, other))
         lines.append(f"| {claim['paper']}: {claim['says']} | {compared} | {' | '.join(cells)} |")
     return "\n".join(lines)

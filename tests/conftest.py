@@ -19,7 +19,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Compiled quickly. At optimisation level 0, which is quicker, XLA's program of SAC is not finite.
 QUICKLY = "--xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("XLA_FLAGS", QUICKLY)
-# Runs that are killed compile the same programs again; no worker reads what another half wrote.
+# Killed runs compile the same programs again. A worker's own: no other's half-written file.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".pytest_cache" / "jax" / WORKER))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
