@@ -18,8 +18,8 @@ Deviations from the authors' code (github.com/nakamotoo/Cal-QL):
  2. Online, after 1,000 steps of the frozen policy, every step has one update, not every episode as
     many as its steps; the return of an episode in play is unknown and bounds nothing. Rounds begin
     with fresh episodes; the last are cut off as by a time limit, and so are their returns.
- 3. Locomotion (rewards raw; two layers in the short run) and dense Adroit have CORL's CQL settings
-    (it calibrates offline only), OGBench FQL's authors'. PointMaze: ours. Kitchen goes on after 4.
+ 3. Locomotion (raw, short: two layers) and dense Adroit are CORL's CQL (calibrated offline only),
+    PointMaze ours, OGBench FQL's, but cql_alpha a WSRL author's. Kitchen goes on after 4.
  4. Minari's antmaze goes on at the goal: values tend to 500 where the authors' end at 5, returns by
     the rule "infinite", too; the bound is slack. `collect.py goals` ends episodes there.
 """
@@ -109,7 +109,7 @@ MUJOCO_CQL = dict(cql_alpha=10.0, policy_learning_rate=3e-5, normalize_observati
 MAZE = dict(lagrange=True, backup_actions=10, critic_hidden_dims=(256,) * 4, return_rule="infinite")
 MAZE |= dict(reward_scale=10.0, reward_shift=-5.0, eval_episodes=100, interval=50_000)
 WIDE = dict(hidden_dims=(512,) * 3, critic_hidden_dims=(512,) * 3, return_rule="infinite")
-OGBENCH = MAZE | dict(lagrange=False, cql_alpha=0.01, reward_shift=0.0, hidden_dims=(256,) * 4)
+OGBENCH = MAZE | dict(lagrange=False, cql_alpha=5.0, reward_shift=0.0, hidden_dims=(256,) * 4)
 KITCHEN = WIDE | dict(importance_sampling=False, backup_actions=10, offline_ratio=0.25)
 PRESETS = {  # auto: the first whose name is in the dataset's or the environment's, else mujoco
     "sac-medium-replay": MUJOCO_CQL | dict(offline_steps=10**4, online_steps=10**4, interval=2000),

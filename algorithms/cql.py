@@ -21,9 +21,9 @@ Deviations from Cal-QL's authors' code (JaxCQL's; CQL's own takes max_j, then mi
     ones, not with 1e-2; last rows of cut episodes stay; two layers in the short run, not three.
  2. Online, after 1,000 frozen steps, every step has an update (theirs: episodes). Rounds begin with
     fresh episodes; the last ones, and so their returns, are cut off as by a time limit.
- 3. Locomotion (but raw rewards) and dense Adroit follow CORL, except in its one buffer; PointMaze
-    is ours, OGBench FQL's. Kitchen goes on after 4 subtasks, Minari's antmaze at the goal: values
-    tend to 500, the authors' end at 5 (as with collect.py goals). CORL clips D in antmaze, at -200.
+ 3. Locomotion (raw rewards) and dense Adroit follow CORL, but for its one buffer and its clip of
+    D in antmaze, -200. PointMaze is ours; OGBench FQL's, but a WSRL author's 5 for its 0.01.
+    Kitchen goes on after 4 subtasks, Minari's antmaze at the goal: values tend to 500, not to 5.
 """
 
 # /// script
@@ -111,7 +111,7 @@ MUJOCO_CQL = dict(cql_alpha=10.0, policy_learning_rate=3e-5, normalize_observati
 MAZE = dict(lagrange=True, backup_actions=10, critic_hidden_dims=(256,) * 4, return_rule="infinite")
 MAZE |= dict(reward_scale=10.0, reward_shift=-5.0, eval_episodes=100, interval=50_000)
 WIDE = dict(hidden_dims=(512,) * 3, critic_hidden_dims=(512,) * 3, return_rule="infinite")
-OGBENCH = MAZE | dict(lagrange=False, cql_alpha=0.01, reward_shift=0.0, hidden_dims=(256,) * 4)
+OGBENCH = MAZE | dict(lagrange=False, cql_alpha=5.0, reward_shift=0.0, hidden_dims=(256,) * 4)
 KITCHEN = WIDE | dict(importance_sampling=False, backup_actions=10, offline_ratio=0.25)
 PRESETS = {  # auto: the first whose name is in the dataset's or the environment's, else mujoco
     "sac-medium-replay": MUJOCO_CQL | dict(offline_steps=10**4, online_steps=10**4, interval=2000),

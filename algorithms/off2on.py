@@ -111,7 +111,7 @@ class Config:
 MUJOCO_CQL = dict(cql_alpha=10.0, policy_learning_rate=3e-5, normalize_observations=True)
 MAZE = dict(critic_hidden_dims=(256,) * 4)
 MAZE |= dict(reward_scale=10.0, reward_shift=-5.0, eval_episodes=100, interval=50_000)
-OGBENCH = MAZE | dict(cql_alpha=0.01, reward_shift=0.0, hidden_dims=(256,) * 4)
+OGBENCH = MAZE | dict(cql_alpha=5.0, reward_shift=0.0, hidden_dims=(256,) * 4)
 SMALL = dict(num_members=3, num_actions=4, first_updates=1_000, offline_steps=10**4)
 PRESETS = {  # auto: the first whose name is in the dataset's or the environment's, else mujoco
     "sac-medium-replay": MUJOCO_CQL | SMALL | dict(online_steps=10**4, interval=2_000),

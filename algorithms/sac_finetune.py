@@ -135,7 +135,7 @@ MUJOCO_CQL = dict(cql_alpha=10.0, policy_learning_rate=3e-5, normalize_observati
 MAZE = dict(lagrange=True, backup_actions=10, online_backup_actions=10, reward_scale=10.0)
 MAZE |= dict(reward_shift=-5.0, critic_hidden_dims=(256,) * 4, eval_episodes=100, interval=50_000)
 WIDE = dict(hidden_dims=(512,) * 3, critic_hidden_dims=(512,) * 3)
-OGBENCH = MAZE | dict(lagrange=False, cql_alpha=0.01, reward_shift=0.0, hidden_dims=(256,) * 4)
+OGBENCH = MAZE | dict(lagrange=False, cql_alpha=5.0, reward_shift=0.0, hidden_dims=(256,) * 4)
 PRESETS = {  # auto: the first whose name is in the dataset's or the environment's, else mujoco
     "sac-medium-replay": MUJOCO_CQL | dict(offline_steps=10**4, online_steps=10**4, interval=2000),
     "ogbench": OGBENCH | dict(eval_episodes=50),
