@@ -18,10 +18,10 @@ Deviations from the authors' code (github.com/nakamotoo/Cal-QL):
  2. Online, after 1,000 steps of the frozen policy, every step has one update, not every episode as
     many as its steps; the return of an episode in play is unknown and bounds nothing. Rounds begin
     with fresh episodes; the last are cut off as by a time limit, and so are their returns.
- 3. Locomotion (raw, short: two layers) and dense Adroit are CORL's CQL (calibrated offline only),
-    PointMaze ours, OGBench FQL's, but cql_alpha a WSRL author's. Kitchen goes on after 4.
- 4. Minari's antmaze goes on at the goal: values tend to 500 where the authors' end at 5, returns by
-    the rule "infinite", too; the bound is slack. `collect.py goals` ends episodes there.
+ 3. Locomotion (rewards raw; two layers in the short run) and dense Adroit have CORL's CQL settings
+    (it calibrates offline only), OGBench FQL's, but with cql_alpha 5, not 0.01: see cql.py.
+ 4. Minari's antmaze goes on at the goal: values and returns tend to 500, the authors' to 5, and the
+    bound is slack (collect.py goals ends episodes there). Kitchen goes on after 4. PointMaze: ours.
 """
 
 # /// script

@@ -21,9 +21,9 @@ Deviations from Cal-QL's authors' code (JaxCQL's; CQL's own takes max_j, then mi
     ones, not with 1e-2; last rows of cut episodes stay; two layers in the short run, not three.
  2. Online, after 1,000 frozen steps, every step has an update (theirs: episodes). Rounds begin with
     fresh episodes; the last ones, and so their returns, are cut off as by a time limit.
- 3. Locomotion (raw rewards) and dense Adroit follow CORL, but for its one buffer and its clip of
-    D in antmaze, -200. PointMaze is ours; OGBench FQL's, but a WSRL author's 5 for its 0.01.
-    Kitchen goes on after 4 subtasks, Minari's antmaze at the goal: values tend to 500, not to 5.
+ 3. Locomotion (but raw rewards) and dense Adroit follow CORL, except in its one buffer; PointMaze
+    is ours, OGBench FQL's, but with cql_alpha 5 (github.com/andypeng05/wsrl), not 0.01. Kitchen
+    goes on after 4 subtasks, Minari's antmaze at the goal: values tend to 500, the authors' to 5.
 """
 
 # /// script

@@ -254,6 +254,16 @@ def test_ogbench_refusals(collect, capsys):
     assert "--processes -1: must be in" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["cal_ql", "enoto", "off2on", "sac_finetune"])
+def test_relatives_are_pessimistic_as_cql_is(name, cql):
+    """In every domain, in the same units: claims compare them, SAC goes on from CQL's agents."""
+    relative = load_script(f"algorithms/{name}.py")
+    for domain in cql.PRESETS.keys() & relative.PRESETS.keys():
+        one, other = (dataclasses.asdict(x.Config(**x.PRESETS[domain])) for x in (cql, relative))
+        for word in ("cql_alpha", "reward_scale", "reward_shift", "normalize_observations"):
+            assert one[word] == other[word], (domain, word)
+
+
 def test_agents_of_the_family_go_on_in_each_other(cql, cal_ql, sac_finetune):
     """--init-from wants the same networks and units under every preset; the -wsrl ones those of
     cql.py with ten critics and LayerNorm."""
